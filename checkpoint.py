@@ -1,0 +1,71 @@
+"""Checkpoints that survive: written whole or not at all, and looked at before they are believed.
+
+`torch.save` straight to its final name leaves half a file when the process is killed or the disk
+fills up. Here the bytes go to a temporary file, reach the disk, and only then take the name.
+"""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+
+class CheckpointError(ValueError):
+    """The file is missing, damaged, or not what was asked for; the message names it."""
+
+
+def save(contents: dict, path: Path) -> None:
+    """Write `contents` (plain types and tensors) so that `path` is either the old or the new."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # make the new name itself durable
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def read(path: Path, kind: str) -> dict:
+    """The dict that `save` wrote, on the CPU, after checking it. `kind` is its "kind" entry.
+
+    Raises CheckpointError for a missing or damaged file, one that is not ours, or weights that are
+    not finite. Only tensors and plain types are ever unpickled (weights_only=True).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        contents = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, EOFError):
+        raise CheckpointError(f"{path}: not a checkpoint (or a truncated one)") from None
+    except (pickle.UnpicklingError, RuntimeError):
+        raise CheckpointError(f"{path}: not a checkpoint of this project") from None
+    if damaged:
+        raise CheckpointError(f"{path}: damaged (the checksum of {damaged} does not match)")
+    if not isinstance(contents, dict) or "kind" not in contents:
+        raise CheckpointError(f"{path}: not a checkpoint of this project")
+    if contents["kind"] != kind:
+        hint = {"ctclm-transformer": "best.pt", "ctclm-training": "last.pt"}[kind]
+        raise CheckpointError(f"{path}: holds {contents['kind']!r}, not {kind!r}: take {hint}")
+    if name := not_finite(contents["model"]):
+        raise CheckpointError(f"{path}: the weights of {name} are not finite")
+    return contents
+
+
+def not_finite(state: dict) -> str | None:
+    """The name of the first tensor with a NaN or an infinity, if there is one."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return name
+    return None

@@ -1,0 +1,601 @@
+"""CTCLM: a CNN and a Transformer learn together; only the Transformer is deployed.
+
+Guo et al., "CNN-Transformer Collaborative Learning for Remote Sensing Semantic Segmentation",
+ICGIP 2025 (Proc. SPIE 14124). Only the abstract is public. It fixes: transfer in both directions
+between a CNN and a Transformer branch, a parallel multi-scale convolutional encoder, features
+aligned in a shared representation space, the Transformer alone at inference. The rest is our
+choice, and each choice is marked "we chose" where it is made. From small to large:
+
+    MultiScaleBlock  -> CNN            parallel depthwise convolutions, computed as one
+    TransformerBlock -> Transformer    attention with reduced keys (MiT / SegFormer)
+    Head, Projector                    features -> logits, features -> shared space
+    CTCLM                              both branches, and the objective that couples them
+
+    model  = CTCLM(ModelConfig(variant="b0", num_classes=6))
+    output = model(images)                          # images (B, C, H, W) float, 0..255
+    losses = model.objective(output, labels)        # labels (B, H, W) integer; losses.total
+    student = model.transformer                     # images -> logits (B, K, H/4, W/4)
+
+Letters: B batch, C channels, H W pixels, N query tokens, M key tokens, h heads, D head dimension,
+K classes; stages s = 1..4 at strides 4, 8, 16, 32.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import checkpoint
+from kernels import attention, collaborative_loss
+from kernels.distill import cross_entropy
+
+SMALLEST_IMAGE = 32  # stage 4 has stride 32, and stage 1 reduces keys by 8 at stride 4
+
+
+class Variant(NamedTuple):
+    """Widths and depths of the four stages. The CNN of a variant has about the same size."""
+
+    channels: tuple[int, int, int, int]
+    heads: tuple[int, int, int, int]
+    depths: tuple[int, int, int, int]
+    head_width: int
+
+
+# b0, b1, b2 are the published MiT sizes (Xie et al., 2021, table 6), so that public weights fit.
+# We chose `tiny` for a laptop's CPU, and the same channels and depths for the CNN.
+VARIANTS = {
+    "tiny": Variant((32, 64, 96, 128), (1, 2, 3, 4), (1, 1, 2, 1), 96),
+    "b0": Variant((32, 64, 160, 256), (1, 2, 5, 8), (2, 2, 2, 2), 256),
+    "b1": Variant((64, 128, 320, 512), (1, 2, 5, 8), (2, 2, 2, 2), 256),
+    "b2": Variant((64, 128, 320, 512), (1, 2, 5, 8), (3, 4, 6, 3), 768),
+}
+KEY_REDUCTION = (8, 4, 2, 1)  # stride of the keys' convolution: M = N / r^2
+
+
+class Normalise(nn.Module):
+    """Images 0..255 -> about zero mean and unit variance, inside the model so nobody can forget.
+
+    ImageNet's statistics for red, green and blue; further bands (infrared) take their mean.
+    """
+
+    def __init__(self, in_channels: int):
+        super().__init__()
+        mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+        mean += [sum(mean) / 3] * (in_channels - 3)
+        std += [sum(std) / 3] * (in_channels - 3)
+        shape = (1, in_channels, 1, 1)
+        for name, values in (("mean", mean), ("std", std)):
+            tensor = torch.tensor(values[:in_channels]).view(shape)
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        B, C, H, W = images.shape
+        if C != self.mean.shape[1] or min(H, W) < SMALLEST_IMAGE:
+            raise ValueError(
+                f"images must be (B, {self.mean.shape[1]}, H, W) with H and W at least "
+                f"{SMALLEST_IMAGE}; got {tuple(images.shape)}"
+            )
+        images = images.contiguous(memory_format=torch.channels_last)  # 1.7x on a CPU
+        return (images - self.mean) / self.std
+
+
+# --- The CNN branch -----------------------------------------------------------------------------
+
+
+class MultiScaleConv(nn.Module):
+    """A 3x3 depthwise convolution, then 5, 7, 9 and 11 in parallel, added to it (PKINet, 2024).
+
+    b0 = DW3(x);   b = b0 + DW5(b0) + DW7(b0) + DW9(b0) + DW11(b0)
+
+    The branches are linear in the same input, so their sum is one 11x11 convolution whose kernel is
+    the sum of theirs, zero-padded; the identity is a delta. It is computed once, in training too:
+    the gradient reaches each kernel through the sum, and each keeps its own initialisation.
+    """
+
+    SIZES = (5, 7, 9, 11)
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.local = depthwise(channels, 3)
+        self.branches = nn.ModuleList(depthwise(channels, size) for size in self.SIZES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b0 = self.local(x)  # (B, C, H, W)
+        return F.conv2d(b0, self.merged_kernel(), padding=5, groups=b0.shape[1])
+
+    def merged_kernel(self) -> Tensor:
+        """The sum of the zero-padded kernels and a delta, (C, 1, 11, 11)."""
+        kernel = torch.zeros_like(self.branches[-1].weight)
+        kernel[:, :, 5, 5] = 1
+        for branch, size in zip(self.branches, self.SIZES, strict=True):
+            kernel = kernel + F.pad(branch.weight, [(11 - size) // 2] * 4)
+        return kernel
+
+    def forward_separately(self, x: Tensor) -> Tensor:
+        """What `forward` must equal: the branches one by one."""
+        b0 = self.local(x)
+        return b0 + sum(branch(b0) for branch in self.branches)
+
+
+class MultiScaleBlock(nn.Module):
+    """Mix in space at several scales, then in channels; (B, C, H, W) -> the same."""
+
+    def __init__(self, channels: int, encoder: str):
+        super().__init__()
+        self.enter = nn.Sequential(nn.Conv2d(channels, channels, 1), norm(channels), nn.GELU())
+        # "plain", a single 3x3, is the control for what several scales are worth.
+        self.scales = (
+            MultiScaleConv(channels) if encoder == "multiscale" else depthwise(channels, 3)
+        )
+        self.leave = nn.Conv2d(channels, channels, 1)
+        self.norm = norm(channels)
+        self.ffn = ConvFFN(channels)
+        self.g1 = nn.Parameter(torch.ones(channels, 1, 1))
+        self.g2 = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.g1 * self.leave(self.scales(self.enter(x)))
+        return x + self.g2 * self.ffn(self.norm(x))
+
+
+class ConvFFN(nn.Sequential):
+    """1x1 to four times the channels, 3x3 depthwise, GELU, 1x1 back."""
+
+    def __init__(self, channels: int, expansion: int = 4):
+        hidden = expansion * channels
+        super().__init__(
+            nn.Conv2d(channels, hidden, 1),
+            nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden),
+            nn.GELU(),
+            nn.Conv2d(hidden, channels, 1),
+        )
+
+
+class CNN(nn.Module):
+    """The convolutional student: images (B, C, H, W) in 0..255 -> logits (B, K, H/4, W/4)."""
+
+    def __init__(self, variant: Variant, num_classes: int, in_channels: int, encoder: str):
+        super().__init__()
+        self.normalise = Normalise(in_channels)
+        first, widths = variant.channels[0], variant.channels
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, first // 2, 3, stride=2, padding=1), norm(first // 2), nn.GELU()
+        )
+        previous = (first // 2, *widths[:-1])
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(before, width, 3, stride=2, padding=1),
+                norm(width),
+                *(MultiScaleBlock(width, encoder) for _ in range(depth)),
+            )
+            for before, width, depth in zip(previous, widths, variant.depths, strict=True)
+        )
+        self.head = Head(variant, num_classes, norm(variant.head_width))
+        self.stem.apply(initialise)
+        self.stages.apply(initialise)
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """The features of the four stages, (B, C_s, H / stride_s, W / stride_s)."""
+        x, features = self.stem(self.normalise(images)), []
+        for stage in self.stages:
+            features.append(x := stage(x))
+        return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encode(images))
+
+
+def depthwise(channels: int, size: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, bias=False)
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    # Batch statistics of small crops do not hold on whole scenes (a drop of 30 mIoU was measured).
+    return nn.GroupNorm(8, channels)
+
+
+# --- The Transformer branch ---------------------------------------------------------------------
+
+
+class SpatialReductionAttention(nn.Module):
+    """Multi-head attention whose keys and values live on a grid reduced by r in each direction."""
+
+    def __init__(self, channels: int, heads: int, reduction: int):
+        super().__init__()
+        self.heads, self.reduction = heads, reduction
+        self.query = nn.Linear(channels, channels)
+        self.key_value = nn.Linear(channels, 2 * channels)
+        if reduction > 1:
+            self.reduce = nn.Conv2d(channels, channels, reduction, stride=reduction)
+            self.reduce_norm = nn.LayerNorm(channels)
+        self.project = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        B, N, C = x.shape  # N = H * W tokens of this stage's grid
+        h, D = self.heads, C // self.heads
+        q = self.query(x).view(B, N, h, D).transpose(1, 2)  # (B, h, N, D), a view
+        if self.reduction > 1:
+            x = self.reduce_norm(to_tokens(self.reduce(to_grid(x, H, W))))  # (B, M, C)
+        kv = self.key_value(x).view(B, -1, 2, h, D)
+        k, v = kv.permute(2, 0, 3, 1, 4)  # 2 x (B, h, M, D), views
+        x = attention(q, k, v)  # (B, h, N, D)
+        return self.project(x.transpose(1, 2).reshape(B, N, C))
+
+
+class MixFFN(nn.Module):
+    """Linear, 3x3 depthwise convolution on the grid (it replaces position codes), GELU, linear."""
+
+    def __init__(self, channels: int, expansion: int = 4):
+        super().__init__()
+        hidden = expansion * channels
+        self.expand = nn.Linear(channels, hidden)
+        self.mix = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.reduce = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        x = to_tokens(self.mix(to_grid(self.expand(x), H, W)))
+        return self.reduce(F.gelu(x))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and Mix-FFN, each added to its input; (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, channels: int, heads: int, reduction: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
+        self.attention = SpatialReductionAttention(channels, heads, reduction)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
+        self.ffn = MixFFN(channels)
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        x = x + self.attention(self.norm1(x), H, W)
+        return x + self.ffn(self.norm2(x), H, W)
+
+
+class TransformerStage(nn.Module):
+    """Overlapping patches -> tokens -> blocks -> a feature map at `stride` times its input's."""
+
+    def __init__(self, before: int, channels: int, heads: int, depth: int, index: int):
+        super().__init__()
+        size, stride = (7, 4) if index == 0 else (3, 2)
+        self.embed = nn.Conv2d(before, channels, size, stride=stride, padding=size // 2)
+        self.embed_norm = nn.LayerNorm(channels)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, KEY_REDUCTION[index]) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        H, W = x.shape[-2:]
+        x = self.embed_norm(to_tokens(x))  # (B, N, C)
+        for block in self.blocks:
+            x = block(x, H, W)
+        return to_grid(self.norm(x), H, W)
+
+
+class Transformer(nn.Module):
+    """The deployed student: images (B, C, H, W) in 0..255 -> logits (B, K, H/4, W/4)."""
+
+    def __init__(self, variant: Variant, num_classes: int, in_channels: int):
+        super().__init__()
+        self.normalise = Normalise(in_channels)
+        widths = variant.channels
+        before = (in_channels, *widths[:-1])
+        shapes = zip(before, widths, variant.heads, variant.depths, range(4), strict=True)
+        self.stages = nn.ModuleList(TransformerStage(*shape) for shape in shapes)
+        self.head = Head(variant, num_classes, nn.BatchNorm2d(variant.head_width))
+        self.stages.apply(initialise)
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """The features of the four stages, (B, C_s, H / stride_s, W / stride_s)."""
+        x, features = self.normalise(images), []
+        for stage in self.stages:
+            features.append(x := stage(x))
+        return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encode(images))
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
+
+
+def to_grid(x: Tensor, H: int, W: int) -> Tensor:
+    # (B, N, C) -> (B, C, H, W); a view, and channels-last in memory, which convolutions like best
+    return x.unflatten(1, (H, W)).permute(0, 3, 1, 2)
+
+
+# --- What both branches have ---------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """All-MLP head (SegFormer): every stage to one width, upsampled to stride 4, added, classified.
+
+    The published head upsamples, concatenates 4 x width channels and fuses them by a 1x1
+    convolution. That fusion is linear, so it commutes with the upsampling: we project each stage at
+    its own resolution, with fusion and projection in one matrix, and add. Same function, a quarter
+    of the time, no concatenation.
+    """
+
+    def __init__(self, variant: Variant, num_classes: int, norm: nn.Module):
+        super().__init__()
+        self.project = nn.ModuleList(
+            nn.Conv2d(channels, variant.head_width, 1, bias=False) for channels in variant.channels
+        )
+        self.norm = norm
+        self.classify = nn.Conv2d(variant.head_width, num_classes, 1)
+        self.apply(initialise)
+        nn.init.normal_(self.classify.weight, std=0.01)  # start undecided: cross entropy = log K
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        size = features[0].shape[-2:]
+        levels = [project(x) for project, x in zip(self.project, features, strict=True)]
+        levels[1:] = [F.interpolate(x, size, mode="bilinear") for x in levels[1:]]
+        return self.classify(F.relu(self.norm(sum(levels))))  # (B, K, H/4, W/4)
+
+
+class Projector(nn.Sequential):
+    """One branch's features of one stage -> the shared space, (B, shared_dim, H_s, W_s).
+
+    The abstract names the shared space and no more. We chose a 1x1 convolution and a normalisation
+    of each dimension to unit variance over the batch: neither a constant nor a shrinking projection
+    can then satisfy the alignment. It is not deployed, so batch statistics do no harm.
+    """
+
+    def __init__(self, channels: int, shared_dim: int):
+        super().__init__(
+            nn.Conv2d(channels, shared_dim, 1, bias=False),
+            nn.BatchNorm2d(shared_dim, affine=False, track_running_stats=False),
+        )
+
+
+def initialise(module: nn.Module) -> None:
+    """Truncated normal for linear layers, Kaiming (fan out) for convolutions, as in MiT."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.weight[0][0].numel() * module.out_channels / module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# --- The collaboration --------------------------------------------------------------------------
+
+
+@dataclass
+class ModelConfig:
+    variant: Literal["tiny", "b0", "b1", "b2"] = "b0"  # size of both students
+    num_classes: int = 6
+    in_channels: int = 3
+    encoder: Literal["multiscale", "plain"] = "multiscale"  # plain: the control, a single 3x3
+    distill: Literal["none", "cnn_to_transformer", "transformer_to_cnn", "mutual", "selective"] = (
+        "selective"  # who teaches whom; selective: at each pixel, the one that is right
+    )
+    align: bool = True  # the shared representation space
+    shared_dim: int = 64  # its dimension
+    temperature: float = 1.0  # softens both distributions in the transfer
+    kappa: float = 0.5  # width of the gate, in nats of cross entropy
+    alpha: float = 0.5  # weight of the alignment at stages 1 and 2
+    beta: float = 0.5  # weight of the regional alignment at stages 3 and 4
+    gamma: float = 1.0  # weight of the transfer
+    delta: float = 1.0  # weight of the decorrelation that keeps the shared space from collapsing
+    ignore_index: int = 255  # label of pixels that do not count
+
+    def __post_init__(self):
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}")
+        if not (1 <= self.num_classes <= self.ignore_index and self.in_channels >= 1):
+            raise ValueError(f"cannot have {self.num_classes} classes, {self.in_channels} channels")
+
+
+class Output(NamedTuple):
+    cnn_logits: Tensor  # (B, K, H/4, W/4)
+    transformer_logits: Tensor  # (B, K, H/4, W/4)
+    cnn_features: list[Tensor]  # four stages, (B, C_s, H_s, W_s)
+    transformer_features: list[Tensor]
+
+
+class Losses(NamedTuple):
+    """Scalars. `total` is what is minimised; the others are unweighted, `gate` is a statistic."""
+
+    total: Tensor
+    transformer_ce: Tensor
+    cnn_ce: Tensor
+    cnn_to_transformer: Tensor
+    transformer_to_cnn: Tensor
+    align: Tensor
+    region: Tensor
+    decorrelation: Tensor
+    gate: Tensor
+
+
+class CTCLM(nn.Module):
+    """Both students, the shared space, and the objective.
+
+    The Transformer is built first, so that a seed gives it the same initial weights whatever the
+    other branch is.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        variant = VARIANTS[config.variant]
+        self.transformer = Transformer(variant, config.num_classes, config.in_channels)
+        self.cnn = CNN(variant, config.num_classes, config.in_channels, config.encoder)
+        stages = variant.channels if config.align else ()
+        self.transformer_projectors = nn.ModuleList(Projector(C, config.shared_dim) for C in stages)
+        self.cnn_projectors = nn.ModuleList(Projector(C, config.shared_dim) for C in stages)
+
+    def forward(self, images: Tensor) -> Output:
+        """images (B, C, H, W) float, 0..255 -> Output."""
+        cnn, transformer = self.cnn.encode(images), self.transformer.encode(images)
+        return Output(self.cnn.head(cnn), self.transformer.head(transformer), cnn, transformer)
+
+    def shared_space(self, output: Output) -> list[tuple[Tensor, Tensor]]:
+        """(CNN, Transformer) projections of each stage, (B, shared_dim, H_s, W_s), before L2."""
+        if not self.config.align:
+            return []
+        projectors = zip(self.cnn_projectors, self.transformer_projectors, strict=True)
+        features = zip(output.cnn_features, output.transformer_features, strict=True)
+        return [(p(x), q(y)) for (p, q), (x, y) in zip(projectors, features, strict=True)]
+
+    def objective(self, output: Output, labels: Tensor, ramp: float = 1.0) -> Losses:
+        """L = CE_t + CE_c + ramp (alpha align + beta region + gamma transfer) + delta decorrelation
+
+        labels (B, H, W) integer, 0..K-1 or ignore_index. `ramp` in [0, 1] holds the collaboration
+        back while neither student knows anything yet (see `ramp_up`). The students' cross entropies
+        are not ramped, nor is the decorrelation: it must be there before the alignment is.
+        """
+        c = self.config
+        loss = collaborative_loss(
+            output.cnn_logits,
+            output.transformer_logits,
+            labels,
+            direction=c.distill,
+            temperature=c.temperature,
+            kappa=c.kappa,
+            ignore_index=c.ignore_index,
+        )
+        align, region, decorrelation = self.alignment(output, labels)
+        transfer = loss.cnn_to_transformer + loss.transformer_to_cnn
+        together = c.alpha * align + c.beta * region + c.gamma * transfer
+        supervised = loss.transformer_ce + loss.cnn_ce
+        return Losses(
+            total=supervised + ramp * together + c.delta * decorrelation,
+            transformer_ce=loss.transformer_ce,
+            cnn_ce=loss.cnn_ce,
+            cnn_to_transformer=loss.cnn_to_transformer,
+            transformer_to_cnn=loss.transformer_to_cnn,
+            align=align,
+            region=region,
+            decorrelation=decorrelation,
+            gate=loss.gate,
+        )
+
+    def alignment(self, output: Output, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The shared space's three terms, in float32: align, region, decorrelation.
+
+        Early stages carry local detail, which each branch has something of: align both ways, as
+        1/2 [d(h_t, sg h_c) + d(h_c, sg h_t)] with d = 1 - cosine. Late stages carry meaning: in
+        each region (a position of the grid) only the branch with the higher mean cross entropy
+        moves. Positions without a valid pixel do not count.
+        """
+        zero = output.cnn_logits.sum() * 0
+        align, region, decorrelation = zero, zero, zero
+        valid, gap = self.labelled_gap(output, labels)  # (B, 1, H/4, W/4), no gradient
+        with torch.autocast(labels.device.type, enabled=False):
+            for s, (h_c, h_t) in enumerate(self.shared_space(output)):
+                weight = F.adaptive_avg_pool2d(valid, h_c.shape[-2:])  # (B, 1, H_s, W_s)
+                counts = (weight > 0).float()
+                to_cnn, to_transformer = directed_distances(h_c.float(), h_t.float())
+                if s < 2:
+                    align = align + mean(0.5 * (to_cnn + to_transformer), counts) / 2
+                else:
+                    cnn_leads = (F.adaptive_avg_pool2d(gap, h_c.shape[-2:]) > 0).float()
+                    pulled = cnn_leads * to_cnn + (1 - cnn_leads) * to_transformer
+                    region = region + mean(pulled, counts) / 2
+                penalty = covariance_penalty(h_c, counts) + covariance_penalty(h_t, counts)
+                decorrelation = decorrelation + penalty / 8  # 2 branches x 4 stages
+        return align, region, decorrelation
+
+    @torch.no_grad()
+    def labelled_gap(self, output: Output, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Share of valid pixels, and l_t - l_c where there are any, both (B, 1, H/4, W/4).
+
+        We compare the branches at stride 4, where their logits are, with the label of the pixel in
+        the middle: a region of stage 3 or 4 still averages 16 or 64 of these.
+        """
+        size = output.cnn_logits.shape[-2:]
+        valid = F.adaptive_avg_pool2d((labels != self.config.ignore_index)[:, None].float(), size)
+        middle = F.interpolate(labels[:, None].float(), size, mode="nearest-exact").long()[:, 0]
+        known = middle != self.config.ignore_index
+        target = middle.masked_fill(~known, 0)
+        l_t = cross_entropy(output.transformer_logits.float(), target)
+        l_c = cross_entropy(output.cnn_logits.float(), target)
+        return valid, torch.where(known, l_t - l_c, 0)[:, None]
+
+
+def directed_distances(h_c: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - cosine per position, (B, 1, H, W): (pulling h_t to the CNN, pulling h_c to the other)."""
+
+    def distance(student: Tensor, teacher: Tensor) -> Tensor:
+        return 1 - F.cosine_similarity(student, teacher.detach(), dim=1)[:, None]
+
+    return distance(h_t, h_c), distance(h_c, h_t)
+
+
+def covariance_penalty(h: Tensor, counts: Tensor) -> Tensor:
+    """Mean squared off-diagonal covariance of one branch's projections h (B, D, H, W).
+
+    The decorrelation term of VICReg (Bardes et al., 2022); `counts` (B, 1, H, W) is 1 at positions
+    that take part. Alignment alone collapses the space to 2-4 dimensions of 64 within 100 steps.
+    """
+    D = h.shape[1]
+    covariance = masked_covariance(h.float(), counts)  # (D, D)
+    off_diagonal = covariance - torch.diag(torch.diagonal(covariance))
+    return off_diagonal.square().sum() / (D * (D - 1))
+
+
+def masked_covariance(h: Tensor, counts: Tensor) -> Tensor:
+    """Covariance over the positions that count, (B, D, H, W) -> (D, D)."""
+    rows = to_tokens(h).flatten(0, 1)  # (B * N, D)
+    w = counts.flatten()[:, None]
+    n = w.sum().clamp(min=1)
+    centred = (rows - (w * rows).sum(0) / n) * w
+    return centred.T @ centred / n
+
+
+@torch.no_grad()
+def effective_rank(h: Tensor) -> float:
+    """exp(entropy of the covariance's spectrum) of projections (B, D, H, W): 1 collapsed, D full.
+
+    Roy and Vetterli, "The effective rank", 2007.
+    """
+    covariance = masked_covariance(h.float(), torch.ones_like(h[:, :1]))
+    spectrum = torch.linalg.eigvalsh(covariance).clamp(min=0)
+    p = spectrum / spectrum.sum().clamp(min=1e-12)
+    return torch.special.entr(p).sum().exp().item()
+
+
+def mean(values: Tensor, counts: Tensor) -> Tensor:
+    return (values * counts).sum() / counts.sum().clamp(min=1)
+
+
+def ramp_up(step: int, steps: int) -> float:
+    """Weight of the collaboration at `step`: exp(-5 (1 - t)^2) over the first fifth, then 1.
+
+    The sigmoid-shaped ramp of temporal ensembling (Laine and Aila, 2017).
+    """
+    t = min(step / max(steps / 5, 1), 1.0)
+    return math.exp(-5 * (1 - t) ** 2)
+
+
+# --- What people pass on ------------------------------------------------------------------------
+
+
+def save_transformer(model: CTCLM, path: Path, about: dict) -> None:
+    """Write the Transformer alone, with `about` (class names, colours, score: plain types)."""
+    config = {key: getattr(model.config, key) for key in ("variant", "num_classes", "in_channels")}
+    contents = {"kind": "ctclm-transformer", "config": config, "about": about}
+    checkpoint.save(contents | {"model": model.transformer.state_dict()}, path)
+
+
+def load_transformer(path: Path) -> Transformer:
+    """The deployed student from `best.pt`, in evaluation mode; `student.about` says what it knows.
+
+    Raises checkpoint.CheckpointError when the file is missing, damaged or something else.
+    """
+    contents = checkpoint.read(path, "ctclm-transformer")
+    config = contents["config"]
+    student = Transformer(VARIANTS[config["variant"]], config["num_classes"], config["in_channels"])
+    student.load_state_dict(contents["model"])
+    student.about = contents["about"]
+    return student.eval()

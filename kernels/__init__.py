@@ -1,0 +1,11 @@
+"""The two operations that CTCLM spends its time in, each next to the PyTorch lines it must equal.
+
+    from kernels import attention, collaborative_loss
+
+The model imports these names only and never asks what hardware there is.
+"""
+
+from kernels.attention import attention
+from kernels.distill import CollaborativeLoss, collaborative_loss, reliability
+
+__all__ = ["CollaborativeLoss", "attention", "collaborative_loss", "reliability"]

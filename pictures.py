@@ -1,0 +1,181 @@
+"""Pictures of what the programs do, drawn with Pillow: maps, overlays, samples, curves.
+
+save_class_map(labels, colours, "map.png")           # indexed, one byte a pixel
+overlay(image, labels, classes).save("overlay.png")  # image, classes over it, legend
+samples(rows, classes).save("samples.png")           # what both students see, who taught whom
+curves(log, panels).save("curves.png")
+"""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from data import IGNORE, Classes, encode_colours
+
+INK, GREY, PAPER = (30, 30, 30), (200, 200, 200), (255, 255, 255)
+CNN_COLOUR, TRANSFORMER_COLOUR = (214, 96, 20), (20, 108, 190)  # orange, blue: in every picture
+LARGEST_OVERLAY = 4096  # pixels; a picture for people, the class map keeps every pixel
+
+
+def font(size: int) -> ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+# --- Maps ---------------------------------------------------------------------------------------
+
+
+def save_class_map(labels: np.ndarray, colours, path: Path) -> None:
+    """(H, W) uint8 class indices as an indexed PNG or TIFF that shows the classes' colours."""
+    image = Image.fromarray(labels)
+    image.putpalette([value for colour in colours for value in colour])
+    options = {"compression": "tiff_lzw"} if Path(path).suffix == ".tif" else {}
+    image.save(path, **options)
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, classes: Classes) -> Image.Image:
+    """The image with its classes over it at 45 %, and a legend of those that occur."""
+    present = np.unique(labels)
+    shown = Image.fromarray(image[..., :3])
+    colours = Image.fromarray(encode_colours(labels, classes.colours))
+    if max(shown.size) > LARGEST_OVERLAY:
+        shown.thumbnail((LARGEST_OVERLAY, LARGEST_OVERLAY))
+        colours = colours.resize(shown.size, Image.Resampling.NEAREST)
+    shown = Image.blend(shown, colours, 0.45)
+    key = legend([(classes.names[i], classes.colours[i]) for i in present if i != IGNORE])
+    sheet = Image.new("RGB", (max(shown.width, key.width), shown.height + key.height), PAPER)
+    sheet.paste(shown, (0, 0))
+    sheet.paste(key, (0, shown.height))
+    return sheet
+
+
+def legend(entries: list[tuple[str, tuple[int, int, int]]]) -> Image.Image:
+    """Coloured squares with names, in one row."""
+    face, x = font(14), 8
+    widths = [30 + math.ceil(face.getlength(name)) for name, _ in entries]
+    key = Image.new("RGB", (sum(widths) + 16, 26), PAPER)
+    draw = ImageDraw.Draw(key)
+    for (name, colour), width in zip(entries, widths, strict=True):
+        draw.rectangle((x, 6, x + 13, 19), fill=tuple(colour), outline=INK)
+        draw.text((x + 18, 13), name, INK, face, anchor="lm")
+        x += width
+    return key
+
+
+# --- Samples ------------------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    image: np.ndarray  # (H, W, 3) uint8
+    truth: np.ndarray  # (H, W) uint8
+    cnn: np.ndarray  # (H, W) uint8
+    transformer: np.ndarray  # (H, W) uint8
+    gate: np.ndarray  # (H, W) float, 1: the CNN teaches, 0: the Transformer does, NaN: ignored
+
+
+def samples(rows: list[Sample], classes: Classes) -> Image.Image:
+    """One row a sample: image, truth, both students, who taught whom, the Transformer's errors."""
+    titles = ("image", "truth", "CNN", "Transformer", "who teaches", "Transformer wrong")
+    side, gap, top = max(max(row.truth.shape) for row in rows), 6, 26
+    key = legend(
+        [*zip(classes.names, classes.colours, strict=True)]
+        + [("CNN teaches", CNN_COLOUR), ("Transformer teaches", TRANSFORMER_COLOUR)]
+    )
+    width = max(6 * (side + gap) + gap, key.width)
+    sheet = Image.new("RGB", (width, top + len(rows) * (side + gap) + key.height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        draw.text((gap + column * (side + gap), 4), title, INK, font(15))
+    for number, row in enumerate(rows):
+        wrong = (row.truth != row.transformer) & (row.truth != IGNORE)
+        panels = (
+            row.image[..., :3],
+            encode_colours(row.truth, classes.colours),
+            encode_colours(row.cnn, classes.colours),
+            encode_colours(row.transformer, classes.colours),
+            gate_colours(row.gate),
+            np.where(wrong[..., None], (220, 30, 30), row.image[..., :3] // 2 + 96),
+        )
+        for column, panel in enumerate(panels):
+            place = (gap + column * (side + gap), top + number * (side + gap))
+            sheet.paste(Image.fromarray(panel.astype(np.uint8)), place)
+    sheet.paste(key, (0, sheet.height - key.height))
+    return sheet
+
+
+def gate_colours(gate: np.ndarray) -> np.ndarray:
+    """r = 1 the CNN's colour, r = 0 the Transformer's, 1/2 white, NaN black; (H, W, 3) uint8."""
+    r = np.nan_to_num(gate)[..., None]
+    strength = np.abs(2 * r - 1)
+    colour = np.where(r > 0.5, CNN_COLOUR, TRANSFORMER_COLOUR)
+    shown = strength * colour + (1 - strength) * np.array(PAPER)
+    return np.where(np.isnan(gate)[..., None], 0, shown).astype(np.uint8)
+
+
+# --- Curves -------------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    column: str  # of the log
+    name: str
+    colour: tuple[int, int, int]
+
+
+def curves(log: list[dict], panels: dict[str, list[Line]]) -> Image.Image:
+    """One panel a title, two by two; x is the step, rows without a value are skipped."""
+    width, height = 560, 320
+    rows = math.ceil(len(panels) / 2)
+    sheet = Image.new("RGB", (2 * width, rows * height), PAPER)
+    for number, (title, lines) in enumerate(panels.items()):
+        panel = draw_panel(log, title, lines, width, height)
+        sheet.paste(panel, (number % 2 * width, number // 2 * height))
+    return sheet
+
+
+def draw_panel(log, title: str, lines: list[Line], width: int, height: int) -> Image.Image:
+    """Drawn at twice its size and reduced, which smooths the lines."""
+    image = Image.new("RGB", (2 * width, 2 * height), PAPER)
+    draw, face = ImageDraw.Draw(image), font(24)
+    left, right, top, bottom = 110, 2 * width - 40, 80, 2 * height - 60
+    series = [[(r["step"], r[line.column]) for r in log if usable(r, line)] for line in lines]
+    values = [y for points in series for _, y in points]
+    last = max((r["step"] for r in log), default=1)
+    ticks = nice_ticks(min(values, default=0), max(values, default=1))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        share = (y - ticks[0]) / (ticks[-1] - ticks[0])
+        return left + x / last * (right - left), bottom - share * (bottom - top)
+
+    for tick in ticks:
+        y = place(0, tick)[1]
+        draw.line((left, y, right, y), fill=GREY, width=1)
+        draw.text((left - 12, y), f"{tick:.4g}", INK, face, anchor="rm")
+    draw.text((left, bottom + 14), "0", INK, face, anchor="ma")
+    draw.text((right, bottom + 14), f"step {last}", INK, face, anchor="ra")
+    draw.text((left, 12), title, INK, font(28))
+    x = left
+    for line, points in zip(lines, series, strict=True):
+        path = [place(*point) for point in points]
+        draw.line(path, fill=line.colour, width=4, joint="curve")
+        if len(path) < 15:
+            for px, py in path:
+                draw.ellipse((px - 6, py - 6, px + 6, py + 6), fill=line.colour)
+        draw.text((x, 48), line.name, line.colour, face)
+        x += face.getlength(line.name) + 30
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def usable(row: dict, line: Line) -> bool:
+    value = row.get(line.column)
+    return value is not None and math.isfinite(value)
+
+
+def nice_ticks(low: float, high: float) -> list[float]:
+    """Four to nine round numbers that span [low, high]."""
+    spread = max(high - low, 1e-6 * max(abs(high), 1))
+    unit = 10 ** math.floor(math.log10(spread))
+    unit *= next(m for m in (0.1, 0.2, 0.5, 1, 2) if spread / (m * unit) <= 6)
+    first, last = math.floor(low / unit), math.ceil(high / unit)
+    return [i * unit for i in range(first, max(last, first + 1) + 1)]

@@ -1,0 +1,465 @@
+"""Train both students; keep the Transformer.
+
+    python train.py                                     # toy scenes, minutes on a CPU
+    python train.py --data folder --root MY_DATA --out runs/mine
+    python train.py --data folder --root MY_DATA --out runs/mine --resume
+
+A run writes config.json, log.csv, metrics.json, curves.png, samples.png, last.pt (everything
+that is needed to go on) and best.pt (the Transformer alone, at its best validation mIoU: this is
+what people pass on). Ctrl-C and SIGTERM finish the step, save, and exit.
+
+The step number is the whole state of the data and there is no randomness in the model, so a resumed
+run ends in the same bits as one that was never stopped.
+"""
+
+import csv
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import __version__ as pillow_version
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import checkpoint
+import cli
+import pictures
+from ctclm import CTCLM, Losses, ModelConfig, effective_rank, ramp_up, save_transformer
+from data import DATA_SETS, DataError, Windows, load, prefetch
+from infer import evaluate, table
+from kernels import reliability
+
+
+@dataclass
+class Config:
+    data: Literal[*DATA_SETS] = cli.option("toy", "data set")
+    root: Path = cli.option(None, "the data set's folder (toy needs none)")
+    train_tiles: tuple[str, ...] = cli.option((), "train on these tiles only, by name")
+    val_tiles: tuple[str, ...] = cli.option((), "validate on these tiles only, by name")
+    variant: Literal["tiny", "b0", "b1", "b2"] = cli.option("tiny", "size of both students")
+    steps: int = cli.option(1500, "optimiser steps")
+    batch: int = cli.option(8, "windows per step")
+    crop: int = cli.option(128, "side of a window in pixels, a multiple of 32")
+    lr: float = cli.option(1e-3, "highest learning rate; warm-up, then cosine to zero")
+    distill: Literal["none", "cnn_to_transformer", "transformer_to_cnn", "mutual", "selective"] = (
+        cli.option("selective", "who teaches whom; selective: at each pixel the more reliable one")
+    )
+    align: Literal["on", "off"] = cli.option("on", "the shared representation space")
+    encoder: Literal["multiscale", "plain"] = cli.option("multiscale", "the CNN's blocks")
+    out: Path = cli.option(Path("runs/toy"), "the run's folder")
+    resume: bool = cli.option(False, "continue the run in --out")
+    seed: int = cli.option(0, "of initial weights and windows")
+    precision: Literal["auto", "fp32", "bf16"] = cli.option("auto", "auto: bf16 on a GPU")
+    device: Literal["auto", "cpu", "cuda"] = cli.option("auto", "where to train")
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "crop", "lr"):
+            if not getattr(self, name) > 0:
+                raise cli.UsageError(f"--{name} must be positive; got {getattr(self, name)}")
+        if self.crop % 32:
+            raise cli.UsageError(f"--crop must be a multiple of 32; got {self.crop}")
+        if not 0 <= self.seed < 2**63:
+            raise cli.UsageError(f"--seed must be at least 0; got {self.seed}")
+
+    def saved(self) -> dict:
+        """As plain types. Where to run and whether to resume are not part of what was run."""
+        plain = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(self).items()}
+        plain |= {"train_tiles": list(self.train_tiles), "val_tiles": list(self.val_tiles)}
+        return {k: v for k, v in plain.items() if k not in ("out", "resume", "device")}
+
+
+REPORTS, VALIDATIONS = 30, 6  # per run
+
+
+# --- The run ------------------------------------------------------------------------------------
+
+
+class Run:
+    """One training run: what is trained, what it is trained on, and what has happened so far."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.device = cli.pick_device(config.device)
+        self.prepare_folder()
+        self.train_set = load(config.data, config.root, "train", config.train_tiles)
+        self.val_set = load(config.data, config.root, "val", config.val_tiles)
+        if any(scene.label is None for scene in self.val_set.scenes):
+            raise DataError(f"{config.root}: the validation split has no labels")
+        torch.manual_seed(config.seed)
+        self.model = CTCLM(
+            ModelConfig(
+                variant=config.variant,
+                num_classes=len(self.train_set.classes.names),
+                in_channels=self.train_set.scenes[0].image.shape[2],
+                encoder=config.encoder,
+                distill=config.distill,
+                align=config.align == "on",
+            )
+        ).to(self.device)
+        self.branches = {
+            "transformer": self.model.transformer,
+            "cnn": self.model.cnn,
+            "projectors": torch.nn.ModuleList(
+                [self.model.cnn_projectors, self.model.transformer_projectors]
+            ),
+        }
+        self.optimizer = make_optimizer(self.model, config.lr)
+        self.windows = Windows(
+            self.train_set.scenes, config.crop, config.batch, seed=config.seed
+        )
+        bf16 = config.precision == "bf16" or (
+            config.precision == "auto" and self.device.type == "cuda"
+        )
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        self.step = 0  # steps done
+        self.log: list[dict] = []
+        self.best: dict = {"miou": -1.0}  # the best validation scores of the Transformer
+        self.seconds = 0.0  # of training so far, over all resumptions
+        if config.resume:
+            self.restore()
+
+    def prepare_folder(self) -> None:
+        out, last = self.config.out, self.config.out / "last.pt"
+        if self.config.resume:
+            if not last.exists():
+                raise cli.UsageError(f"{last}: no such file, so there is nothing to resume")
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise cli.UsageError(
+                f"{out}: is not empty; continue it with --resume or choose another --out"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+
+    def restore(self) -> None:
+        state = checkpoint.read(self.config.out / "last.pt", "ctclm-training")
+        for key, value in self.config.saved().items():
+            if state["config"][key] != value:
+                raise cli.UsageError(
+                    f"{self.config.out}: was started with --{key.replace('_', '-')} "
+                    f"{state['config'][key]}, not {value}; resume it with the same options"
+                )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.log, self.best = state["step"], state["log"], state["best"]
+        self.seconds = state["seconds"]
+
+    def save(self) -> None:
+        state = {
+            "kind": "ctclm-training",
+            "config": self.config.saved(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "log": self.log,
+            "best": self.best,
+            "seconds": self.seconds,
+        }
+        checkpoint.save(state, self.config.out / "last.pt")
+        write_csv(self.log, self.config.out / "log.csv")
+
+    # --- One step ---
+
+    def train_step(self, images: np.ndarray, labels: np.ndarray) -> Losses:
+        """Forward, objective, backward, clip, update. Raises when a gradient is not finite."""
+        images = torch.from_numpy(images).to(self.device).float()  # (B, C, H, W), 0..255
+        labels = torch.from_numpy(labels).to(self.device)  # (B, H, W)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        with self.autocast:
+            output = self.model(images)
+            losses = self.model.objective(output, labels, self.ramp())
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        for name, branch in self.branches.items():  # per branch: one's spike must not slow another
+            norm = torch.nn.utils.clip_grad_norm_(branch.parameters(), 1.0)
+            if not norm.isfinite():
+                raise DivergedError(
+                    f"the {name}'s gradient is not finite at step {self.step} "
+                    f"(windows 0..{len(images) - 1} of that step, seed {self.config.seed}); the "
+                    f"weights were left as they are in last.pt; try a lower --lr"
+                )
+        self.optimizer.step()
+        self.last_output = output
+        self.step += 1
+        return Losses(*(term.detach() for term in losses))
+
+    def learning_rate(self) -> float:
+        """Linear warm-up over a twentieth of the run, then cosine to zero."""
+        c, warm_up = self.config, max(1, self.config.steps // 20)
+        if self.step < warm_up:
+            return c.lr * (self.step + 1) / warm_up
+        return c.lr * 0.5 * (1 + math.cos(math.pi * (self.step - warm_up) / (c.steps - warm_up)))
+
+    def ramp(self) -> float:
+        return ramp_up(self.step, self.config.steps)
+
+    # --- The loop ---
+
+    def fit(self) -> None:
+        """Train from self.step to the end; report, validate, save."""
+        c, stop = self.config, StopSignal()
+        report_every = max(1, c.steps // REPORTS)
+        validate_every = max(1, math.ceil(c.steps / VALIDATIONS))
+        history, waited, begin, before = [], 0.0, time.perf_counter(), self.seconds
+        since, first = begin, self.step
+        for _, images, labels, wait in prefetch(self.windows, range(self.step, c.steps)):
+            history.append(self.train_step(images, labels))
+            waited += wait
+            done = self.step == c.steps
+            if self.step % report_every == 0 or done:
+                now = time.perf_counter()
+                row = self.report(history, waited, now - since)
+                left = (now - begin) / (self.step - first) * (c.steps - self.step)
+                print(line(row, c.steps, left), flush=True)
+                history, waited = [], 0.0
+            self.seconds = before + time.perf_counter() - begin
+            if self.step % validate_every == 0 or done:
+                self.validate()
+                self.save()
+            if self.step % report_every == 0 or done:
+                since = time.perf_counter()
+            if stop.received and not done:
+                self.save()
+                print(f"interrupted: saved at step {self.step}; add --resume to go on")
+                sys.exit(128 + stop.received)
+
+    @torch.no_grad()
+    def report(self, history: list[Losses], waited: float, seconds: float) -> dict:
+        """One row of the log: means since the last one."""
+        terms = torch.tensor([[float(term) for term in losses] for losses in history]).mean(0)
+        row = {"step": self.step} | dict(zip(Losses._fields, terms.tolist(), strict=True))
+        row |= {"ramp": self.ramp(), "lr": self.learning_rate()}
+        row["images_per_s"] = len(history) * self.config.batch / seconds
+        row["data_wait"] = waited / seconds
+        for stage, (h_c, h_t) in enumerate(self.model.shared_space(self.last_output), start=1):
+            row[f"cnn_rank_{stage}"] = effective_rank(h_c)
+            row[f"transformer_rank_{stage}"] = effective_rank(h_t)
+        row |= {"transformer_val_miou": None, "cnn_val_miou": None}
+        self.log.append(row)
+        return row
+
+    def validate(self) -> None:
+        """Score both students on whole validation scenes; keep the Transformer if it is better."""
+        self.model.eval()
+        scores = {}
+        for name in ("transformer", "cnn"):
+            with cli.Progress(f"validating the {name}") as progress:
+                scores[name] = evaluate(
+                    self.branches[name], self.val_set, progress, device=self.device
+                )
+        self.model.train()
+        row = self.log[-1]
+        for name, result in scores.items():
+            row[f"{name}_val_miou"] = result["miou"]
+        is_best = scores["transformer"]["miou"] > self.best["miou"]
+        print(
+            f"      validation mIoU: Transformer {100 * scores['transformer']['miou']:.1f}, "
+            f"CNN {100 * scores['cnn']['miou']:.1f}" + (", kept as best.pt" if is_best else ""),
+            flush=True,
+        )
+        if is_best:
+            self.best = scores["transformer"] | {"step": self.step, "cnn": scores["cnn"]}
+            about = {
+                "classes": list(self.train_set.classes.names),
+                "colours": [list(colour) for colour in self.train_set.classes.colours],
+                "data": self.config.data,
+                "step": self.step,
+                "val_miou": self.best["miou"],
+            }
+            save_transformer(self.model, self.config.out / "best.pt", about)
+
+    # --- Before and after ---
+
+    def describe(self) -> dict:
+        """Parameters and multiply-adds of what is trained and of what is deployed."""
+        trained = count(self.model, self.config.crop)
+        deployed = count(self.model.transformer, self.config.crop)
+        return {"trained": trained, "deployed": deployed}
+
+    def finish(self) -> None:
+        """metrics.json, curves.png, samples.png."""
+        out = self.config.out
+        write_json(
+            {
+                "validation": {k: v for k, v in self.best.items() if k != "cnn"},
+                "cnn_validation": self.best["cnn"],
+                "cost": self.describe(),
+                "training_seconds": round(self.seconds, 1),
+                "machine": machine(self.device),
+            },
+            out / "metrics.json",
+        )
+        pictures.curves(self.log, panels(self.log)).save(out / "curves.png")
+        pictures.samples(self.samples(), self.val_set.classes).save(out / "samples.png")
+
+    @torch.no_grad()
+    def samples(self, rows: int = 3, side: int = 256) -> list[pictures.Sample]:
+        """The middle of some validation scenes, seen by both students as they are now."""
+        self.model.eval()
+        found = []
+        for scene in self.val_set.scenes[:rows]:
+            H, W = (min(side, length) // 32 * 32 for length in scene.label.shape)
+            top, left = (scene.label.shape[0] - H) // 2, (scene.label.shape[1] - W) // 2
+            image = scene.image[top : top + H, left : left + W]
+            truth = scene.label[top : top + H, left : left + W]
+            images = torch.tensor(image).to(self.device).permute(2, 0, 1)[None].float()
+            labels = torch.tensor(truth)[None].to(self.device)
+            output = self.model(images)
+            gate = reliability(output.cnn_logits, output.transformer_logits, labels)
+            cnn, transformer = (
+                torch.nn.functional.interpolate(z, (H, W), mode="bilinear")[0].argmax(0)
+                for z in (output.cnn_logits, output.transformer_logits)
+            )
+            maps = (m.cpu().numpy().astype(np.uint8) for m in (cnn, transformer))
+            found.append(pictures.Sample(image, truth, *maps, gate[0].cpu().numpy()))
+        self.model.train()
+        return found
+
+
+class DivergedError(ArithmeticError):
+    """Training cannot go on; the message says where and what to try."""
+
+
+class StopSignal:
+    """Remembers SIGINT or SIGTERM so that the step can end; a second one acts at once."""
+
+    def __init__(self):
+        self.received = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, _frame):
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+        print("\nfinishing this step, then saving (once more to quit at once)", file=sys.stderr)
+
+
+# --- Parts --------------------------------------------------------------------------------------
+
+
+def make_optimizer(model: CTCLM, lr: float) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices and kernels, not on biases, norms and layer scales."""
+    matrices = [p for p in model.parameters() if p.dim() > 1 and p.shape[-1] * p.shape[0] > 1]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def count(module: torch.nn.Module, side: int) -> dict:
+    """Parameters, and multiply-adds for one image of side x side pixels."""
+    training = module.training
+    module.eval()
+    device = next(module.parameters()).device
+    channels = (module.transformer if isinstance(module, CTCLM) else module).normalise.mean.shape[1]
+    counter = FlopCounterMode(display=False)
+    # The counter knows matrix products, not every fused attention.
+    with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
+        output = module(torch.zeros(1, channels, side, side, device=device))
+        if isinstance(module, CTCLM):
+            module.shared_space(output)
+    module.train(training)
+    parameters = sum(p.numel() for p in module.parameters())
+    return {"parameters": parameters, "multiply_adds": counter.get_total_flops() // 2}
+
+
+def line(row: dict, steps: int, seconds_left: float) -> str:
+    """A report a person can read: every loss term by name."""
+    terms = (
+        f"total {row['total']:.3f}  ce T {row['transformer_ce']:.3f} C {row['cnn_ce']:.3f}  "
+        f"C>T {row['cnn_to_transformer']:.3f} T>C {row['transformer_to_cnn']:.3f}  "
+        f"align {row['align']:.3f} region {row['region']:.3f} decor {row['decorrelation']:.3f}  "
+        f"gate {row['gate']:.2f}"
+    )
+    return (
+        f"{row['step']:5d}/{steps}  {terms}  lr {row['lr']:.1e}  {row['images_per_s']:.0f} img/s  "
+        f"data {row['data_wait']:.0%}  {cli.duration(seconds_left)} left"
+    )
+
+
+def panels(log: list[dict]) -> dict[str, list[pictures.Line]]:
+    """What curves.png shows; the Transformer is blue and the CNN orange, as everywhere."""
+    T, C = pictures.TRANSFORMER_COLOUR, pictures.CNN_COLOUR
+    grey, Line = (110, 110, 110), pictures.Line
+    shown = {
+        "cross entropy on training windows": [
+            Line("transformer_ce", "Transformer", T),
+            Line("cnn_ce", "CNN", C),
+        ],
+        "validation mIoU": [
+            Line("transformer_val_miou", "Transformer", T),
+            Line("cnn_val_miou", "CNN", C),
+        ],
+        "transfer": [
+            Line("cnn_to_transformer", "CNN teaches", C),
+            Line("transformer_to_cnn", "Transformer teaches", T),
+            Line("gate", "mean gate", grey),
+        ],
+    }
+    if "cnn_rank_1" in log[0]:
+        shown["effective rank of the shared space, stage 4"] = [
+            Line("transformer_rank_4", "Transformer", T),
+            Line("cnn_rank_4", "CNN", C),
+        ]
+    return shown
+
+
+def machine(device: torch.device) -> dict:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "device": gpu or f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pillow": pillow_version,
+    }
+
+
+def write_csv(log: list[dict], path: Path) -> None:
+    if log:
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, log[0].keys())
+            writer.writeheader()
+            writer.writerows(log)
+
+
+def write_json(entry: dict, path: Path) -> None:
+    path.write_text(json.dumps(entry, indent=1) + "\n")
+
+
+def main(arguments: list[str]) -> None:
+    config = cli.parse(Config, arguments, __doc__.partition("\n")[0])
+    run = Run(config)
+    write_json(config.saved(), config.out / "config.json")
+    for name, dataset in (("train", run.train_set), ("val", run.val_set)):
+        pixels = sum(scene.label.size for scene in dataset.scenes)
+        print(f"{name}: {len(dataset.scenes)} scenes, {pixels / 1e6:.1f} million pixels")
+        for note in dataset.notes:
+            print(f"  note: {note}")
+    for name, cost in run.describe().items():
+        print(
+            f"{name}: {cost['parameters']:,} parameters, "
+            f"{cost['multiply_adds'] / 1e6:,.0f} million multiply-adds per "
+            f"{config.crop} x {config.crop} window"
+        )
+    try:
+        run.fit()
+    except DivergedError as error:
+        sys.exit(f"train.py: {error}")
+    run.finish()
+    print(f"\nbest.pt is from step {run.best['step']}; on the validation split it scores\n")
+    print(table(run.best, run.val_set.classes))
+    print(f"\n{config.out}: best.pt, metrics.json, log.csv, curves.png, samples.png, last.pt")
+
+
+if __name__ == "__main__":
+    cli.run(main, DataError, checkpoint.CheckpointError)
