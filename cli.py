@@ -63,6 +63,8 @@ def parse(config_class, arguments: list[str], description: str = ""):
             settings |= {"type": kind, "default": default, "metavar": kind.__name__.upper()}
         if settings.get("default") not in (None, "", [], ()):
             settings["help"] += " (%(default)s)"
+        if f.metadata["positional"]:
+            settings["metavar"] = f.name.upper()
         parser.add_argument(name, **settings)
     given = vars(parser.parse_intermixed_args(arguments))
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})

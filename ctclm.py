@@ -134,12 +134,11 @@ class MultiScaleBlock(nn.Module):
         self.leave = nn.Conv2d(channels, channels, 1)
         self.norm = norm(channels)
         self.ffn = ConvFFN(channels)
-        self.g1 = nn.Parameter(torch.ones(channels, 1, 1))
-        self.g2 = nn.Parameter(torch.ones(channels, 1, 1))
+        self.g1, self.g2 = (nn.Parameter(torch.ones(channels)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.g1 * self.leave(self.scales(self.enter(x)))
-        return x + self.g2 * self.ffn(self.norm(x))
+        x = x + self.g1[:, None, None] * self.leave(self.scales(self.enter(x)))
+        return x + self.g2[:, None, None] * self.ffn(self.norm(x))
 
 
 class ConvFFN(nn.Sequential):
@@ -491,8 +490,9 @@ class CTCLM(nn.Module):
         zero = output.cnn_logits.sum() * 0
         align, region, decorrelation = zero, zero, zero
         valid, gap = self.labelled_gap(output, labels)  # (B, 1, H/4, W/4), no gradient
+        projections = self.shared_space(output)
         with torch.autocast(labels.device.type, enabled=False):
-            for s, (h_c, h_t) in enumerate(self.shared_space(output)):
+            for s, (h_c, h_t) in enumerate(projections):
                 weight = F.adaptive_avg_pool2d(valid, h_c.shape[-2:])  # (B, 1, H_s, W_s)
                 counts = (weight > 0).float()
                 to_cnn, to_transformer = directed_distances(h_c.float(), h_t.float())

@@ -234,12 +234,14 @@ def open_image(path: Path) -> Image.Image:
     """A fully decoded image, refused when Pillow would silently lose bits or bands."""
     try:
         image = Image.open(path, formats=("PNG", "JPEG", "TIFF"))
-        bits, bands = (8,), None
+        bits, bands = 8, len(image.getbands())
         if image.format == "TIFF":
-            bits, bands = image.tag_v2.get(258, (1,)), image.tag_v2.get(277, 1)
-        if image.mode.startswith(("I", "F")) or any(b > 8 for b in bits):
-            raise DataError(f"{path}: has {max(bits)} bits per band; convert it to 8 bits first")
-        if bands is not None and bands != len(image.getbands()):
+            bits, bands = max(image.tag_v2.get(258, (1,))), image.tag_v2.get(277, 1)
+        elif "16" in str(image.tile):  # the decoder's name, as in RGB;16B
+            bits = 16
+        if bits > 8:
+            raise DataError(f"{path}: has {bits} bits per band; convert it to 8 bits first")
+        if bands != len(image.getbands()):
             raise DataError(f"{path}: has {bands} bands, of which only {image.mode} can be read")
         image.load()  # open() does not look at the pixels: a truncated file only fails here
     except UnidentifiedImageError:

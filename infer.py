@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import metrics
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 import cli
+import metrics
 import pictures
 from checkpoint import CheckpointError
 from ctclm import load_transformer

@@ -34,7 +34,7 @@ import checkpoint
 import cli
 import pictures
 from ctclm import CTCLM, Losses, ModelConfig, effective_rank, ramp_up, save_transformer
-from data import DATA_SETS, DataError, Windows, load, prefetch
+from data import DATA_SETS, IGNORE, DataError, Windows, load, prefetch
 from infer import evaluate, table
 from kernels import reliability
 
@@ -67,6 +67,8 @@ class Config:
                 raise cli.UsageError(f"--{name} must be positive; got {getattr(self, name)}")
         if self.crop % 32:
             raise cli.UsageError(f"--crop must be a multiple of 32; got {self.crop}")
+        if self.batch * self.crop**2 <= 32**2:  # a single position at stride 32 has no variance
+            raise cli.UsageError("--batch 1 needs --crop 64 or more")
         if not 0 <= self.seed < 2**63:
             raise cli.UsageError(f"--seed must be at least 0; got {self.seed}")
 
@@ -92,8 +94,10 @@ class Run:
         self.prepare_folder()
         self.train_set = load(config.data, config.root, "train", config.train_tiles)
         self.val_set = load(config.data, config.root, "val", config.val_tiles)
-        if any(scene.label is None for scene in self.val_set.scenes):
-            raise DataError(f"{config.root}: the validation split has no labels")
+        for split, dataset in (("train", self.train_set), ("val", self.val_set)):
+            labels = [scene.label for scene in dataset.scenes]
+            if not any(label is not None and (label != IGNORE).any() for label in labels):
+                raise DataError(f"{config.root}: no pixel of the {split} split has a label")
         torch.manual_seed(config.seed)
         self.model = CTCLM(
             ModelConfig(
@@ -113,9 +117,7 @@ class Run:
             ),
         }
         self.optimizer = make_optimizer(self.model, config.lr)
-        self.windows = Windows(
-            self.train_set.scenes, config.crop, config.batch, seed=config.seed
-        )
+        self.windows = Windows(self.train_set.scenes, config.crop, config.batch, seed=config.seed)
         bf16 = config.precision == "bf16" or (
             config.precision == "auto" and self.device.type == "cuda"
         )
@@ -196,7 +198,8 @@ class Run:
         c, warm_up = self.config, max(1, self.config.steps // 20)
         if self.step < warm_up:
             return c.lr * (self.step + 1) / warm_up
-        return c.lr * 0.5 * (1 + math.cos(math.pi * (self.step - warm_up) / (c.steps - warm_up)))
+        t = (self.step - warm_up) / max(1, c.steps - warm_up)
+        return c.lr * 0.5 * (1 + math.cos(math.pi * t))
 
     def ramp(self) -> float:
         return ramp_up(self.step, self.config.steps)
@@ -239,7 +242,9 @@ class Run:
         row |= {"ramp": self.ramp(), "lr": self.learning_rate()}
         row["images_per_s"] = len(history) * self.config.batch / seconds
         row["data_wait"] = waited / seconds
-        for stage, (h_c, h_t) in enumerate(self.model.shared_space(self.last_output), start=1):
+        with self.autocast:
+            projections = self.model.shared_space(self.last_output)
+        for stage, (h_c, h_t) in enumerate(projections, start=1):
             row[f"cnn_rank_{stage}"] = effective_rank(h_c)
             row[f"transformer_rank_{stage}"] = effective_rank(h_t)
         row |= {"transformer_val_miou": None, "cnn_val_miou": None}
@@ -347,9 +352,8 @@ class StopSignal:
 
 def make_optimizer(model: CTCLM, lr: float) -> torch.optim.Optimizer:
     """AdamW; weight decay on matrices and kernels, not on biases, norms and layer scales."""
-    matrices = [p for p in model.parameters() if p.dim() > 1 and p.shape[-1] * p.shape[0] > 1]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
@@ -361,14 +365,15 @@ def count(module: torch.nn.Module, side: int) -> dict:
     device = next(module.parameters()).device
     channels = (module.transformer if isinstance(module, CTCLM) else module).normalise.mean.shape[1]
     counter = FlopCounterMode(display=False)
-    # The counter knows matrix products, not every fused attention.
+    # Two images (the projectors' statistics need them), a multiply-add is two operations. The
+    # counter knows matrix products, not every fused attention.
     with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
-        output = module(torch.zeros(1, channels, side, side, device=device))
+        output = module(torch.zeros(2, channels, side, side, device=device))
         if isinstance(module, CTCLM):
             module.shared_space(output)
     module.train(training)
     parameters = sum(p.numel() for p in module.parameters())
-    return {"parameters": parameters, "multiply_adds": counter.get_total_flops() // 2}
+    return {"parameters": parameters, "multiply_adds": counter.get_total_flops() // 4}
 
 
 def line(row: dict, steps: int, seconds_left: float) -> str:

@@ -61,11 +61,13 @@ def collaborative_loss(
     def mean(per_pixel: Tensor) -> Tensor:  # over the valid pixels; where(), so 0 * inf cannot be
         return torch.where(valid, per_pixel, 0).sum() / count
 
-    l_c, l_t = cross_entropy(z_c, target), cross_entropy(z_t, target)  # (B, H, W)
+    log_p_c, log_p_t = torch.log_softmax(z_c, dim=1), torch.log_softmax(z_t, dim=1)
+    l_c, l_t = pick(log_p_c, target), pick(log_p_t, target)  # (B, H, W)
     r = torch.sigmoid((l_t - l_c) / kappa).detach()
     weight_ct, weight_tc = transfer_weights(r, direction)
-    log_p_c = torch.log_softmax(z_c / temperature, dim=1)
-    log_p_t = torch.log_softmax(z_t / temperature, dim=1)
+    if temperature != 1:
+        log_p_c = torch.log_softmax(z_c / temperature, dim=1)
+        log_p_t = torch.log_softmax(z_t / temperature, dim=1)
     cnn_teaches = kl_divergence(teacher=log_p_c.detach(), student=log_p_t)
     transformer_teaches = kl_divergence(teacher=log_p_t.detach(), student=log_p_c)
     return CollaborativeLoss(
@@ -99,7 +101,12 @@ def kl_divergence(*, teacher: Tensor, student: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """-log softmax(logits)[target] per pixel; logits (B, K, H, W), target (B, H, W)."""
-    return -torch.log_softmax(logits, dim=1).gather(1, target[:, None]).squeeze(1)
+    return pick(torch.log_softmax(logits, dim=1), target)
+
+
+def pick(log_p: Tensor, target: Tensor) -> Tensor:
+    """-log p[target] per pixel, (B, H, W)."""
+    return -log_p.gather(1, target[:, None]).squeeze(1)
 
 
 def upsample(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,261 @@
+"""Scores of a class map: one confusion matrix per data set, every published convention from it.
+
+    matrix = torch.zeros(K, K, dtype=torch.int64)
+    for prediction, label in scenes:                    # class indices (H, W); 255 is ignored
+        matrix += confusion_matrix(prediction, label, K)
+    scores(matrix)                                      # miou, mf1, oa, kappa, iou, f1
+    scores(matrix, classes=(0, 1, 2, 3, 4))             # the same, averaged over five classes
+    conventions(matrix, eroded_matrix, clutter=5)       # what each community would report
+
+Papers on ISPRS Potsdam agree on the formulas and differ in the pixels (full labels, or labels
+eroded around every boundary) and in the classes that are averaged (with or without clutter): the
+same map scores 78 or 86 % mIoU. So pixels are counted once, over the whole data set and never per
+image, and `conventions` names each choice in words.
+
+The mean over classes leaves out classes that occur neither in the truth nor in the prediction:
+their score is None, which JSON can hold and a mean cannot swallow by accident. A class that is
+absent from the truth but was predicted scores 0 and counts.
+
+`boundary_counts` asks what the area scores hide, whether outlines are in the right place. Our
+choice: 3 pixels of tolerance, the radius by which ISPRS erodes its labels.
+
+Maps are torch tensors on any device or numpy arrays, of integers; the counting is done on the CPU.
+
+Letters: H W pixels, K classes. Maps may have leading axes (B, H, W): each image for itself.
+"""
+
+from collections.abc import Iterator, Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Map = Tensor | np.ndarray
+
+
+def _array(values: Map | Sequence) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _check(values: np.ndarray, num_classes: int, what: str) -> None:
+    if values.dtype.kind not in "biu":
+        raise ValueError(f"the {what} must hold class indices, integers, not {values.dtype}")
+    for value in (values.min(), values.max()) if values.size else ():
+        if not 0 <= value < num_classes:
+            raise ValueError(f"the {what} has the value {value}, outside 0..{num_classes - 1}")
+
+
+def _checked(prediction: Map, label: Map, num_classes: int, ignore_index: int):
+    """Prediction, label and the mask of valid pixels as arrays, or ValueError."""
+    prediction, label = _array(prediction), _array(label)
+    if prediction.shape != label.shape:
+        raise ValueError(f"prediction {prediction.shape} and label {label.shape} differ in shape")
+    valid = label != ignore_index
+    _check(label[valid], num_classes, "label")
+    _check(prediction[valid], num_classes, "prediction")
+    return prediction, label, valid
+
+
+# --- Areas --------------------------------------------------------------------------------------
+
+
+def confusion_matrix(
+    prediction: Map, label: Map, num_classes: int, ignore_index: int = 255
+) -> Tensor:
+    """Pixels of each true class (rows) by predicted class (columns): (K, K) int64.
+
+    Pixels labelled `ignore_index` are left out, whatever was predicted there. Matrices of several
+    images add up. ValueError where shapes differ, or where a valid label or a prediction at a
+    valid pixel is outside 0..K-1.
+    """
+    prediction, label, valid = _checked(prediction, label, num_classes, ignore_index)
+    index = label[valid].astype(np.int64)  # a uint8 would overflow in the next line
+    index *= num_classes
+    index += prediction[valid].astype(np.int64, copy=False)
+    counts = np.bincount(index, minlength=num_classes**2).astype(np.int64, copy=False)
+    return torch.from_numpy(counts.reshape(num_classes, num_classes))
+
+
+def _mean(values: list[float | None], classes: Sequence[int] | None) -> float | None:
+    """Over `classes` (all when None), without those that are None; None if nothing is left."""
+    classes = range(len(values)) if classes is None else classes
+    for k in classes:
+        if not 0 <= k < len(values):
+            raise ValueError(f"class {k} is to be averaged, but classes are 0..{len(values) - 1}")
+    present = [values[k] for k in classes if values[k] is not None]
+    return fmean(present) if present else None
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return float(numerator / denominator) if denominator else None
+
+
+def scores(matrix: Tensor, classes: Sequence[int] | None = None) -> dict:
+    """Scores of a confusion matrix (K, K), in [0, 1], as plain floats that JSON can hold.
+
+    iou, f1      lists of K: TP / (TP + FP + FN) and 2 TP / (2 TP + FP + FN)
+    miou, mf1    their means over `classes`; only here does `classes` matter, and a pixel of
+                 another class that is taken for one of `classes` still is a false positive
+    oa           overall accuracy, the share of all valid pixels that are right
+    kappa        Cohen's (oa - chance) / (1 - chance), chance = sum_k truth_k predicted_k / N^2;
+                 in [-1, 1]
+
+    None stands for 0 / 0: a class absent from truth and prediction (and left out of the means), oa
+    without any pixel, kappa when truth and prediction are one single class.
+    """
+    counts = _array(matrix).astype(np.float64)  # products of counts would leave int64
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
+        raise ValueError(f"a confusion matrix is (K, K), this one is {counts.shape}")
+    right, truth, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+    total = counts.sum()
+    iou = [_ratio(*pair) for pair in zip(right, truth + predicted - right, strict=True)]
+    f1 = [_ratio(*pair) for pair in zip(2 * right, truth + predicted, strict=True)]
+    chance = truth @ predicted  # times N^2, and so is the next line: no rounding before the end
+    kappa = _ratio(right.sum() * total - chance, total**2 - chance)
+    means = {"miou": _mean(iou, classes), "mf1": _mean(f1, classes)}
+    return means | {"oa": _ratio(right.sum(), total), "kappa": kappa, "iou": iou, "f1": f1}
+
+
+# --- Distances ----------------------------------------------------------------------------------
+
+
+def _pairs(radius: int) -> Iterator[tuple]:
+    """Slices (here, there) that pair every pixel with the one at each offset of a disc.
+
+    Both are empty where an offset is longer than the map. Walking over the offsets (29 for
+    radius 3) needs a few byte maps, not a stack of 29.
+    """
+    if radius < 0:
+        raise ValueError(f"the radius is {radius} pixels, must be at least 0")
+    for dy in range(-radius, radius + 1):
+        for dx in range(-radius, radius + 1):
+            if dy**2 + dx**2 <= radius**2:
+                y, x = (slice(max(0, -d), -d if d > 0 else None) for d in (dy, dx))
+                v, u = (slice(max(0, d), d if d < 0 else None) for d in (dy, dx))
+                yield (..., y, x), (..., v, u)
+
+
+def _near_another_class(classes: np.ndarray, valid: np.ndarray, radius: int) -> np.ndarray:
+    """Valid pixels that have a valid pixel of another class within `radius`."""
+    near = np.zeros(classes.shape, bool)
+    for here, there in _pairs(radius):
+        near[here] |= (classes[here] != classes[there]) & valid[there]
+    return near & valid
+
+
+def erode(label: Map, radius: int = 3, ignore_index: int = 255) -> Tensor:
+    """Ignore every pixel that has another class within `radius` pixels: (H, W) int64.
+
+    Distances are Euclidean between pixel centres, `radius` included: a straight edge loses
+    `radius` pixels on either side. A disc of 3 pixels is the rule ISPRS states for its eroded
+    labels. Ignored pixels are not another class, and neither is the outside of the image.
+    """
+    label = _array(label)
+    near = _near_another_class(label, label != ignore_index, radius)
+    eroded = label.astype(np.int64)
+    eroded[near] = ignore_index
+    return torch.from_numpy(eroded)
+
+
+def boundary_counts(
+    prediction: Map, label: Map, num_classes: int, radius: int = 3, ignore_index: int = 255
+) -> Tensor:
+    """What boundary F1 is made of: (K, 4) int64, sums over images.
+
+    A boundary pixel of class k is a valid pixel of class k with a valid 4-neighbour of another
+    class, in the truth or in the prediction; both are cut to the pixels whose label is valid. The
+    edge of the image and the edge of an ignored area are no boundary, so take full labels: in
+    eroded ones there is none left. Per class, the columns are
+
+    0  predicted boundary pixels
+    1  those of them that have a true boundary pixel of the same class within `radius` (Euclidean)
+    2  true boundary pixels
+    3  those of them that have a predicted boundary pixel of the same class within `radius`
+
+    ValueError as in `confusion_matrix`.
+    """
+    prediction, label, valid = _checked(prediction, label, num_classes, ignore_index)
+    outlines = []
+    for classes, elsewhere in ((prediction, -1), (label, -2)):  # so that no elsewheres are equal
+        classes = classes.astype(np.int16)
+        edge = _near_another_class(classes, valid, radius=1)  # the disc of 1 is the 4 neighbours
+        outlines.append(np.where(edge, classes, np.int16(elsewhere)))
+    predicted, true = outlines
+    predicted_hit, true_hit = np.zeros(true.shape, bool), np.zeros(true.shape, bool)
+    for here, there in _pairs(radius):
+        same = predicted[here] == true[there]  # a pair near enough serves both directions
+        predicted_hit[here] |= same
+        true_hit[there] |= same
+    found = (predicted[predicted >= 0], predicted[predicted_hit], true[true >= 0], true[true_hit])
+    counts = [np.bincount(pixels, minlength=num_classes) for pixels in found]
+    return torch.from_numpy(np.stack(counts, axis=1).astype(np.int64, copy=False))
+
+
+def boundary_f1(counts: Tensor, classes: Sequence[int] | None = None) -> dict:
+    """Boundary F1 of summed `boundary_counts` (K, 4), after Csurka et al. (BMVC 2013).
+
+    Per class, precision is the share of predicted boundary pixels near a true one, recall the
+    share of true ones near a predicted one, F1 their harmonic mean. boundary_f1 is the mean over
+    `classes`; a class without a boundary pixel in truth and prediction is None and left out, one
+    with boundary pixels in only one of them scores 0. Where Csurka et al. average over images, we
+    sum counts over the data set, as for the other scores.
+    """
+    per_class = []
+    for predicted, predicted_hit, true, true_hit in _array(counts).tolist():
+        if predicted + true == 0:
+            per_class.append(None)
+            continue
+        precision, recall = predicted_hit / max(predicted, 1), true_hit / max(true, 1)
+        per_class.append(2 * precision * recall / ((precision + recall) or 1))
+    return {"boundary_f1": _mean(per_class, classes), "boundary_f1_per_class": per_class}
+
+
+# --- Conventions --------------------------------------------------------------------------------
+
+
+class Convention(NamedTuple):
+    name: str
+    meaning: str  # over which pixels and which classes
+    miou: float | None
+    mf1: float | None
+    oa: float | None
+    kappa: float | None
+
+
+def conventions(
+    full: Tensor, eroded: Tensor | None = None, clutter: int | None = None
+) -> list[Convention]:
+    """The scores of one set of predictions under each published way of counting.
+
+    `full` and `eroded` are its confusion matrices (K, K) against full and against eroded labels;
+    without `eroded` only the rows on full labels, without `clutter` (the index of that class) only
+    the rows over all classes. The row "mmseg" counts as mmsegmentation does on Potsdam, "geoseg"
+    as GeoSeg does; neither emulates how the two cut, pad or augment scenes.
+    """
+    K = len(full)
+    if clutter is not None and not 0 <= clutter < K:
+        raise ValueError(f"clutter is class {clutter}, but classes are 0..{K - 1}")
+    others = tuple(k for k in range(K) if k != clutter)
+    rows = []
+    for kind, matrix, names in (
+        ("full", full, ("full", "full-no-clutter", "full-clutter-dropped")),
+        ("eroded", eroded, ("mmseg", "geoseg", "eroded-clutter-dropped")),
+    ):
+        if matrix is None:
+            continue
+        ways = [(f"mean over all {K} classes; OA and kappa over all pixels", matrix, None)]
+        if clutter is not None:
+            dropped = _array(matrix).copy()
+            dropped[clutter] = 0  # the row only: to take another class for clutter stays an error
+            mean = f"mean over the {K - 1} classes without clutter"
+            ways += [
+                (f"{mean}; OA and kappa over all pixels", matrix, others),
+                (f"{mean}; pixels labelled clutter count nowhere", dropped, others),
+            ]
+        for name, (way, counts, classes) in zip(names, ways, strict=False):
+            found = scores(counts, classes)
+            means = (found[key] for key in ("miou", "mf1", "oa", "kappa"))
+            rows.append(Convention(name, f"{kind} labels; {way}", *means))
+    return rows

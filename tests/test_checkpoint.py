@@ -1,0 +1,122 @@
+"""checkpoint.py: whole files only, and nothing is believed unseen."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import CheckpointError
+
+
+def contents(value=1.0):
+    return {"kind": "ctclm-training", "model": {"w": torch.full((1000,), value)}}
+
+
+def test_round_trip(tmp_path):
+    checkpoint.save(contents(), tmp_path / "last.pt")
+    assert torch.equal(
+        checkpoint.read(tmp_path / "last.pt", "ctclm-training")["model"]["w"], torch.ones(1000)
+    )
+    assert os.listdir(tmp_path) == ["last.pt"]  # no temporary file is left
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    checkpoint.save(contents(), path)
+
+    def full_disk(_, file):
+        file.write(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(contents(2.0), path)
+    assert checkpoint.read(path, "ctclm-training")["model"]["w"][0] == 1
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_kill_while_saving(tmp_path):
+    """SIGKILL at five moments: the file is always readable."""
+    program = (
+        "import sys, torch, checkpoint\n"
+        "state = {'kind': 'ctclm-training', 'model': {'w': torch.ones(3_000_000)}}\n"
+        "while True:\n"
+        "    checkpoint.save(state, sys.argv[1]); print('saved', flush=True)\n"
+    )
+    path = tmp_path / "last.pt"
+    for attempt in range(5):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, path], stdout=subprocess.PIPE, cwd=os.getcwd()
+        )
+        process.stdout.readline()
+        time.sleep(0.013 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        checkpoint.read(path, "ctclm-training")
+
+
+def damaged(path, what):
+    checkpoint.save(contents(), path)
+    data = bytearray(path.read_bytes())
+    if what == "truncated":
+        del data[len(data) // 2 :]
+    elif what == "flipped bit":
+        data[data.index(b"\x00\x00\x80\x3f" * 4) + 1] ^= 1  # inside the ones
+    elif what == "text":
+        data[:] = b"not a checkpoint at all"
+    elif what == "empty":
+        data.clear()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "what, sentence",
+    [
+        ("truncated", "truncated"),
+        ("flipped bit", "damaged"),
+        ("text", "not a checkpoint"),
+        ("empty", "not a checkpoint"),
+    ],
+)
+def test_damage_is_noticed(tmp_path, what, sentence):
+    path = tmp_path / "last.pt"
+    damaged(path, what)
+    with pytest.raises(CheckpointError, match=f"last.pt: .*{sentence}"):
+        checkpoint.read(path, "ctclm-training")
+
+
+def test_not_finite_weights_are_refused(tmp_path):
+    checkpoint.save(contents(float("nan")), tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match="weights of w are not finite"):
+        checkpoint.read(tmp_path / "last.pt", "ctclm-training")
+
+
+def test_missing_and_other_kinds(tmp_path):
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        checkpoint.read(tmp_path / "none.pt", "ctclm-training")
+    checkpoint.save(contents(), tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match="take best.pt"):
+        checkpoint.read(tmp_path / "last.pt", "ctclm-transformer")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match="not a checkpoint of this project"):
+        checkpoint.read(tmp_path / "list.pt", "ctclm-training")
+
+
+class Malicious:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code of the file was run')",))
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    torch.save({"kind": "ctclm-training", "model": Malicious()}, tmp_path / "bad.pt")
+    with pytest.raises(CheckpointError, match="not a checkpoint of this project"):
+        checkpoint.read(tmp_path / "bad.pt", "ctclm-training")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        checkpoint.read(tmp_path / "plain.pt", "ctclm-training")

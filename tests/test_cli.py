@@ -1,0 +1,95 @@
+"""cli.py: options from a dataclass, and how a run ends."""
+
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import cli
+from cli import option, parse
+
+
+@dataclass
+class Config:
+    file: Path = option(None, "what to read", positional=True)
+    steps: int = option(10, "how long")
+    kind: Literal["a", "b"] = option("a", "which")
+    tiles: tuple[str, ...] = option((), "some names")
+    loud: bool = option(False, "say more")
+    out_dir: Path = option(Path("x"), "where to")
+
+
+def test_types_follow_the_fields():
+    config = parse(Config, "f.txt --steps 3 --kind b --tiles p q --loud --out-dir y".split())
+    assert config == Config(Path("f.txt"), 3, "b", ("p", "q"), True, Path("y"))
+    assert parse(Config, ["f.txt"]) == Config(Path("f.txt"))
+
+
+def test_help_has_reasons_and_defaults(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(Config, ["--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and "how long (10)" in out and "which (a)" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ("", "the following arguments are required: FILE"),
+        ("f --stps 3", "unrecognized arguments: --stps"),
+        ("f --steps many", "invalid int value: 'many'"),
+        ("f --kind c", "invalid choice: 'c'"),
+        ("f --step 3", "unrecognized arguments: --step"),  # no abbreviations
+    ],
+)
+def test_wrong_options(arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(Config, arguments.split())
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and sentence in error and error.count("\n") == 1
+
+
+def raiser(error):
+    def main(arguments):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    "error, code, sentence",
+    [
+        (cli.UsageError("no such thing"), 2, "program.py: no such thing\n"),
+        (LookupError("the user's"), 2, "program.py: the user's\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/y"),
+            2,
+            "No space left on device: /x/y",
+        ),
+        (KeyboardInterrupt(), 130, ""),
+        (SystemExit(143), 143, ""),
+    ],
+)
+def test_how_a_run_ends(program, error, code, sentence):
+    ended, stderr = program(raiser(error), (LookupError,))
+    assert ended == code and sentence in stderr
+
+
+def test_our_own_bugs_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["program.py"])
+    with pytest.raises(ZeroDivisionError):
+        cli.run(raiser(ZeroDivisionError()), LookupError)
+
+
+def test_progress_shows_the_time_left(capsys, monkeypatch):
+    clock = iter([0.0, 30.0])
+    monkeypatch.setattr(cli.time, "perf_counter", lambda: next(clock))
+    with cli.Progress("mapping") as progress:
+        progress(0.25)  # after 30 s: 90 s left
+    assert capsys.readouterr().err == "mapping:  25%, 1:30 left\n"
+
+
+def test_duration():
+    assert [cli.duration(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]

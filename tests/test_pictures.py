@@ -1,0 +1,76 @@
+"""pictures.py: the right colours at the right places."""
+
+import numpy as np
+from PIL import Image
+
+import pictures
+from data import IGNORE, POTSDAM
+
+
+def test_class_map_keeps_indices_and_shows_colours(tmp_path):
+    labels = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    for name in ("map.png", "map.tif"):
+        pictures.save_class_map(labels, POTSDAM.colours, tmp_path / name)
+        read = Image.open(tmp_path / name)
+        assert np.array_equal(np.asarray(read), labels)
+        assert read.convert("RGB").getpixel((1, 0)) == POTSDAM.colours[1]
+
+
+def test_overlay_blends_the_classes_colours():
+    image = np.full((300, 400, 3), 100, np.uint8)
+    labels = np.zeros((300, 400), np.uint8)
+    labels[:, 200:] = 4  # car, yellow
+    sheet = pictures.overlay(image, labels, POTSDAM)
+    assert sheet.width == 400 and sheet.height > 300  # a legend below
+    assert sheet.getpixel((300, 100)) == (169, 169, 55)  # 0.55 * 100 + 0.45 * (255, 255, 0)
+
+
+def test_overlay_of_a_large_scene_is_reduced(monkeypatch):
+    monkeypatch.setattr(pictures, "LARGEST_OVERLAY", 100)
+    sheet = pictures.overlay(
+        np.zeros((300, 200, 3), np.uint8), np.zeros((300, 200), np.uint8), POTSDAM
+    )
+    assert sheet.height <= 100 + 40
+
+
+def test_gate_colours():
+    gate = np.array([[1.0, 0.0, 0.5, np.nan]])
+    shown = pictures.gate_colours(gate)[0]
+    assert tuple(shown[0]) == pictures.CNN_COLOUR
+    assert tuple(shown[1]) == pictures.TRANSFORMER_COLOUR
+    assert tuple(shown[2]) == pictures.PAPER and tuple(shown[3]) == (0, 0, 0)
+
+
+def test_samples_mark_errors_and_not_ignored_pixels():
+    truth = np.zeros((256, 256), np.uint8)
+    truth[:, 128:] = IGNORE
+    wrong = np.ones((256, 256), np.uint8)
+    sample = pictures.Sample(
+        np.zeros((256, 256, 3), np.uint8), truth, wrong, wrong, np.full((256, 256), 0.5)
+    )
+    sheet = pictures.samples([sample, sample], POTSDAM)
+    left = 6 + 5 * 262  # the sixth panel
+    assert sheet.getpixel((left + 10, 100)) == (220, 30, 30)
+    assert sheet.getpixel((left + 200, 100)) != (220, 30, 30)
+
+
+def test_curves_are_where_the_values_are():
+    """A rising line: its colour is low on the left and high on the right."""
+    red = (255, 0, 0)
+    log = [{"step": 0, "y": 0.0}, {"step": 50, "y": None}, {"step": 100, "y": 1.0}]
+    picture = pictures.curves(log, {"title": [pictures.Line("y", "", red)]})
+    pixels = np.asarray(picture).astype(int)
+    rows, columns = np.nonzero((pixels[..., 0] > 200) & (pixels[..., 1] < 100))
+    assert rows[columns.argmin()] > rows[columns.argmax()] + 150
+
+
+def test_curves_of_one_row_or_none():
+    line = {"title": [pictures.Line("y", "y", (255, 0, 0))]}
+    assert pictures.curves([{"step": 1, "y": 2.0}], line).size
+    assert pictures.curves([{"step": 1, "y": None}], line).size
+
+
+def test_ticks_are_round_and_cover():
+    for low, high in ((0, 1), (0.013, 0.97), (-3, 250), (5, 5), (0, 1e-9)):
+        ticks = pictures.nice_ticks(low, high)
+        assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 9

@@ -1,0 +1,260 @@
+"""train.py: the loop, what it leaves behind, stopping, resuming, and refusing."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from checkpoint import CheckpointError, read
+from ctclm import load_transformer
+from data import DataError
+
+ERRORS = (DataError, CheckpointError)
+
+
+@pytest.fixture
+def small(tmp_path, write_folder):
+    """small(**options) -> a Config for a run of seconds on 2 + 2 images of 96 x 64 pixels."""
+    root = write_folder(tmp_path / "data", size=(64, 96))
+
+    def config(**options):
+        settings = {"data": "folder", "root": root, "steps": 6, "batch": 2, "crop": 32}
+        return train.Config(**settings | {"out": tmp_path / "run", "device": "cpu"} | options)
+
+    return config
+
+
+def run(config):
+    run = train.Run(config)
+    run.fit()
+    run.finish()
+    return run
+
+
+def test_a_run_leaves_what_it_promises(small, tmp_path, program):
+    config = small()
+    arguments = ["--data", "folder", "--root", config.root, "--out", config.out]
+    code, error = program(train.main, ERRORS, *arguments, "--steps", 6, "--batch", 2, "--crop", 32)
+    assert (code, error) == (0, "")
+    assert {path.name for path in config.out.iterdir()} == {
+        "config.json",
+        "log.csv",
+        "metrics.json",
+        "curves.png",
+        "samples.png",
+        "last.pt",
+        "best.pt",
+    }
+    assert json.loads((config.out / "config.json").read_text())["steps"] == 6
+    metrics = json.loads((config.out / "metrics.json").read_text())
+    assert 0 <= metrics["validation"]["miou"] <= 1 and 0 <= metrics["cnn_validation"]["oa"] <= 1
+    assert metrics["machine"]["torch"] == torch.__version__
+    rows = list(csv.DictReader(open(config.out / "log.csv")))
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    for name in ("cnn_to_transformer", "transformer_to_cnn", "align", "region", "gate"):
+        assert all(np.isfinite(float(row[name])) for row in rows)
+    assert all(0 <= float(row["data_wait"]) <= 1 for row in rows)
+    assert 1 <= float(rows[-1]["cnn_rank_4"]) <= 64
+    for name in ("curves.png", "samples.png"):
+        assert Image.open(config.out / name).size > (500, 100)
+
+
+def test_best_is_the_branch_and_nothing_else(small):
+    run_ = run(small(steps=2))
+    student = load_transformer(run_.config.out / "best.pt")
+    names = read(run_.config.out / "best.pt", "ctclm-transformer")["model"].keys()
+    assert names == run_.model.transformer.state_dict().keys()
+    assert student.about["classes"] == ["a", "b", "c"]
+    assert student.about["step"] == run_.best["step"]
+    if run_.best["step"] == run_.step:  # otherwise training went on from there
+        images = torch.rand(1, 3, 64, 64) * 255
+        run_.model.eval()
+        assert torch.equal(student(images), run_.model(images).transformer_logits)
+
+
+def test_best_is_the_best_validation(small, monkeypatch):
+    """Validation scores 0.3, 0.7, 0.5, ...: the second is kept, although training goes on."""
+    values = iter([0.3, 0.1, 0.7, 0.2, 0.5, 0.9, 0.4, 0.4, 0.2, 0.2, 0.1, 0.1])
+    monkeypatch.setattr(
+        train, "evaluate", lambda *a, **k: {"miou": next(values), "confusion_matrix": []}
+    )
+    run_ = train.Run(small())
+    run_.fit()
+    assert (run_.best["step"], run_.best["miou"], run_.best["cnn"]["miou"]) == (2, 0.7, 0.2)
+    assert load_transformer(run_.config.out / "best.pt").about["val_miou"] == 0.7
+
+
+def test_resumed_run_ends_in_the_same_bits(small, tmp_path, monkeypatch):
+    whole = run(small(out=tmp_path / "whole"))
+
+    class StopAfterThree(train.StopSignal):
+        def __init__(self):
+            self.asked = 0
+
+        @property
+        def received(self):
+            self.asked += 1
+            return signal.SIGINT if self.asked >= 3 else 0
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(train, "StopSignal", StopAfterThree)
+        train.Run(small(out=tmp_path / "parts")).fit()
+    assert ended.value.code == 130
+    assert read(tmp_path / "parts" / "last.pt", "ctclm-training")["step"] == 3
+    parts = run(small(out=tmp_path / "parts", resume=True))
+    assert whole.step == parts.step == 6
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, parts.model.state_dict()[name]), name
+    timing = ("images_per_s", "data_wait")
+    for ours, theirs in zip(whole.log, parts.log, strict=True):
+        assert {k: v for k, v in ours.items() if k not in timing} == {
+            k: v for k, v in theirs.items() if k not in timing
+        }
+    assert (tmp_path / "parts" / "log.csv").read_text().count("\n") == 7
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent as on POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_program_saves_first(small, number):
+    config = small()
+    arguments = ["--data", "folder", "--root", str(config.root), "--out", str(config.out)]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments, "--steps", "100000", "--batch", "2"]
+        + ["--crop", "32", "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not process.stdout.readline().startswith("deployed:"):
+        assert process.poll() is None, process.stderr.read()
+    time.sleep(2)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, error
+    step = read(config.out / "last.pt", "ctclm-training")["step"]
+    assert step > 0 and f"saved at step {step}" in out and "Traceback" not in error
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(small, program, monkeypatch):
+    """Weights are left alone, and the message names the branch and the step."""
+    config = small()
+    objective = train.CTCLM.objective
+    calls = []
+
+    def spoiled(self, *arguments):
+        losses = objective(self, *arguments)
+        calls.append({k: v.clone() for k, v in self.state_dict().items()})
+        factor = float("nan") if len(calls) == 3 else 1.0
+        return losses._replace(total=losses.total * factor)
+
+    monkeypatch.setattr(train.CTCLM, "objective", spoiled)
+    run_ = train.Run(config)
+    with pytest.raises(train.DivergedError, match="transformer's gradient .* at step 2 .*--lr"):
+        run_.fit()
+    parameters = dict(run_.model.named_parameters())
+    assert all(torch.equal(calls[2][name], p) for name, p in parameters.items())
+
+
+def test_learning_rate_and_ramp(small):
+    run_ = train.Run(small(steps=100, lr=1e-3))
+    rates = []
+    for run_.step in range(100):
+        rates.append(run_.learning_rate())
+    assert rates[0] == pytest.approx(2e-4) and rates[4] == rates[5] == 1e-3
+    assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] < 1e-6
+
+
+def test_weight_decay_is_for_matrices_only(small):
+    run_ = train.Run(small())
+    decayed, free = run_.optimizer.param_groups
+    assert decayed["weight_decay"] > 0 == free["weight_decay"]
+    sizes = {id(p): name for name, p in run_.model.named_parameters()}
+    assert not [n for p in free["params"] if (n := sizes[id(p)]).endswith("query.weight")]
+    for name in ("norm1.weight", "query.bias", "g1", "head.norm.weight"):
+        assert [n for p in free["params"] if (n := sizes[id(p)]).endswith(name)]
+        assert not [n for p in decayed["params"] if (n := sizes[id(p)]).endswith(name)]
+
+
+def test_costs_of_what_is_trained_and_deployed(small):
+    run_ = train.Run(small())
+    cost = run_.describe()
+    count = sum(p.numel() for p in run_.model.transformer.parameters())
+    assert cost["deployed"]["parameters"] == count
+    assert cost["trained"]["parameters"] > 1.5 * count
+    assert cost["trained"]["multiply_adds"] > 1.5 * cost["deployed"]["multiply_adds"]
+
+
+def test_multiply_adds_by_hand():
+    """A 3x3 convolution from 3 to 8 channels at stride 2 on 32 x 32: 16 * 16 * 8 * 27."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.normalise = train.CTCLM(train.ModelConfig("tiny")).transformer.normalise
+            self.conv = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
+
+        def forward(self, x):
+            return self.conv(self.normalise(x))
+
+    assert train.count(Net(), 32)["multiply_adds"] == 16 * 16 * 8 * 27
+
+
+# --- Refusals -----------------------------------------------------------------------------------
+
+BAD_OPTIONS = {
+    "--learning-rate 1": "unrecognized arguments: --learning-rate",
+    "--data moon": "invalid choice: 'moon'",
+    "--steps 0": "--steps must be positive; got 0",
+    "--batch -1": "--batch must be positive",
+    "--crop 100": "--crop must be a multiple of 32; got 100",
+    "--batch 1 --crop 32": "--batch 1 needs --crop 64",
+    "--lr nan": "--lr must be positive; got nan",
+    "--seed -1": "--seed must be at least 0",
+    "--data potsdam": "--data potsdam needs --root",
+    "--data folder --root /nowhere/at/all": "/nowhere/at/all: no such folder",
+    "--resume": "there is nothing to resume",
+}
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS)
+def test_bad_options_get_one_sentence_and_exit_2(tmp_path, program, options):
+    code, error = program(train.main, ERRORS, "--out", tmp_path / "run", *options.split())
+    assert code == 2
+    assert BAD_OPTIONS[options] in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_a_run_is_not_overwritten(small, program):
+    config = small()
+    config.out.mkdir()
+    (config.out / "best.pt").write_text("weeks of work")
+    code, error = program(train.main, ERRORS, "--out", config.out)
+    assert code == 2 and "is not empty; continue it with --resume" in error
+    assert (config.out / "best.pt").read_text() == "weeks of work"
+
+
+def test_resuming_with_other_options_is_refused(small):
+    run(small(steps=1))
+    with pytest.raises(train.cli.UsageError, match="was started with --batch 2, not 3"):
+        train.Run(small(steps=1, batch=3, resume=True))
+
+
+def test_validation_without_labels_is_refused(small, monkeypatch):
+    load = train.load
+
+    def unlabelled(*arguments):
+        dataset = load(*arguments)
+        scenes = [scene._replace(label=None) for scene in dataset.scenes]
+        return dataset._replace(scenes=scenes) if arguments[2] == "val" else dataset
+
+    monkeypatch.setattr(train, "load", unlabelled)
+    with pytest.raises(DataError, match="no pixel of the val split has a label"):
+        train.Run(small())
