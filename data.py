@@ -102,6 +102,8 @@ def load(data: str, root: Path | None = None, split: str = "train", tiles=()) ->
     Raises DataError when anything is missing, damaged, or would be misread.
     """
     if data == "toy":
+        if root is not None or tiles:
+            raise DataError("--data toy is made, not read: it takes no --root and no tiles")
         return load_toy(split)
     if root is None:
         raise DataError(f"--data {data} needs --root, the folder that holds it")
@@ -155,7 +157,7 @@ def load_potsdam(root: Path, split: str, tiles: tuple[str, ...]) -> Dataset:
 def load_loveda(root: Path, split: str, tiles: tuple[str, ...]) -> Dataset:
     """{Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}/N.png; mask 0 no-data, 1..7 classes."""
     base = root / split.capitalize()
-    paths = sorted(base.glob("*/images_png/*.png"), key=lambda p: (p.parts[-3], int(p.stem)))
+    paths = sorted(base.glob("*/images_png/*.png"), key=lambda p: (p.parts[-3], len(p.stem), p))
     if not paths:
         raise DataError(f"{base}: holds no Urban/images_png/N.png or Rural/images_png/N.png")
     scenes = []
@@ -165,9 +167,9 @@ def load_loveda(root: Path, split: str, tiles: tuple[str, ...]) -> Dataset:
             scenes.append(Scene(path.stem, read_image(path), None))
             continue
         label = read_indices(mask if mask.exists() else missing_mask(path, mask))
-        label = np.where(label == 0, IGNORE, label - 1).astype(np.uint8)
         name = f"{path.parts[-3]}_{path.stem}"
-        scenes.append(checked_scene(name, read_image(path), label, path, mask, LOVEDA, offset=1))
+        image = read_image(path)
+        scenes.append(checked_scene(name, image, label, path, mask, LOVEDA, ignore=0, first=1))
     return Dataset(LOVEDA, scenes, [])
 
 
@@ -186,8 +188,8 @@ def load_folder(root: Path, split: str, tiles: tuple[str, ...]) -> Dataset:
     for path in select(paths, tiles, folder):
         mask = masks.get(path.stem) or missing_mask(path, root / split / "masks")
         label = read_indices(mask)
-        label = np.where(label == ignore, IGNORE, label).astype(np.uint8)
-        scenes.append(checked_scene(path.stem, read_image(path), label, path, mask, classes))
+        image = read_image(path)
+        scenes.append(checked_scene(path.stem, image, label, path, mask, classes, ignore))
     return Dataset(classes, scenes, [])
 
 
@@ -293,21 +295,27 @@ def decode_colours(rgb: np.ndarray, colours) -> tuple[np.ndarray, int]:
     return label, int(unknown.sum())
 
 
-def checked_scene(name, image, label, image_path, label_path, classes, offset=0) -> Scene:
-    """The scene, if image and label fit each other and every label is a class or ignored."""
+def checked_scene(
+    name, image, label, image_path, label_path, classes, ignore=IGNORE, first=0
+) -> Scene:
+    """The scene, if image and label fit each other and every label is a class or `ignore`.
+
+    `first` is the file's value for class 0; `ignore` its value for what does not count.
+    """
     if image.shape[:2] != label.shape:
         (h, w), (label_h, label_w) = image.shape[:2], label.shape
         raise DataError(
             f"{label_path}: is {label_w} x {label_h} pixels, but its image {image_path} {w} x {h}"
         )
-    K = len(classes.names)
-    wrong = label[(label >= K) & (label != IGNORE)]
+    last = first + len(classes.names) - 1
+    counts = label != ignore
+    wrong = label[counts & ((label < first) | (label > last))]
     if wrong.size:
         raise DataError(
-            f"{label_path}: has the value {wrong[0] + offset} at {wrong.size} pixels, "
-            f"but the {K} classes are {offset}..{K - 1 + offset}"
+            f"{label_path}: has the value {wrong[0]} at {wrong.size} pixels, but the "
+            f"{len(classes.names)} classes are {first}..{last} and {ignore} is ignored"
         )
-    return Scene(name, image, label)
+    return Scene(name, image, np.where(counts, label - np.uint8(first), np.uint8(IGNORE)))
 
 
 # --- Random windows -----------------------------------------------------------------------------

@@ -208,7 +208,11 @@ class Run:
 
     def fit(self) -> None:
         """Train from self.step to the end; report, validate, save."""
-        c, stop = self.config, StopSignal()
+        with StopSignal() as stop:
+            self.train_until_done(stop)
+
+    def train_until_done(self, stop: "StopSignal") -> None:
+        c = self.config
         report_every = max(1, c.steps // REPORTS)
         validate_every = max(1, math.ceil(c.steps / VALIDATIONS))
         history, waited, begin, before = [], 0.0, time.perf_counter(), self.seconds
@@ -336,10 +340,16 @@ class DivergedError(ArithmeticError):
 class StopSignal:
     """Remembers SIGINT or SIGTERM so that the step can end; a second one acts at once."""
 
-    def __init__(self):
-        self.received = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+    received = 0
+
+    def __enter__(self):
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.receive) for number in numbers}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def receive(self, number, _frame):
         self.received = number
@@ -377,15 +387,13 @@ def count(module: torch.nn.Module, side: int) -> dict:
 
 
 def line(row: dict, steps: int, seconds_left: float) -> str:
-    """A report a person can read: every loss term by name."""
-    terms = (
-        f"total {row['total']:.3f}  ce T {row['transformer_ce']:.3f} C {row['cnn_ce']:.3f}  "
-        f"C>T {row['cnn_to_transformer']:.3f} T>C {row['transformer_to_cnn']:.3f}  "
-        f"align {row['align']:.3f} region {row['region']:.3f} decor {row['decorrelation']:.3f}  "
-        f"gate {row['gate']:.2f}"
-    )
+    """A report a person can read. T the Transformer, C the CNN, C>T the CNN teaches."""
     return (
-        f"{row['step']:5d}/{steps}  {terms}  lr {row['lr']:.1e}  {row['images_per_s']:.0f} img/s  "
+        f"{row['step']:5d}/{steps}  total {row['total']:.2f}  "
+        f"ce T {row['transformer_ce']:.2f} C {row['cnn_ce']:.2f}  "
+        f"C>T {row['cnn_to_transformer']:.3f} T>C {row['transformer_to_cnn']:.3f}  "
+        f"align {row['align']:.2f} region {row['region']:.2f} decor {row['decorrelation']:.2f}  "
+        f"gate {row['gate']:.2f}  lr {row['lr']:.0e}  {row['images_per_s']:.0f} img/s  "
         f"data {row['data_wait']:.0%}  {cli.duration(seconds_left)} left"
     )
 

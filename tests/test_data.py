@@ -1,5 +1,6 @@
 """data.py: windows are pure, image and label stay together, and nothing wrong passes quietly."""
 
+import json
 import struct
 import zlib
 
@@ -220,6 +221,9 @@ def break_folder(root, how):
         Image.new("L", (10, 12)).save(mask)
     elif how == "index out of range":
         Image.new("L", (48, 40), 3).save(mask)
+    elif how == "255 where 99 is ignored":
+        entry = {"classes": ["a", "b", "c"], "ignore": 99}
+        (root / "classes.json").write_text(json.dumps(entry))
     elif how == "colour mask":
         Image.new("RGB", (48, 40)).save(mask)
     elif how == "grey image":
@@ -251,6 +255,7 @@ FOLDER_FAULTS = {
     "no mask": r"images.x\.png: has no mask",
     "other size": r"masks.x\.png: is 10 x 12 pixels, but its image .*x\.png 48 x 40",
     "index out of range": r"masks.x\.png: has the value 3 at 1920 pixels, but the 3 classes are 0",
+    "255 where 99 is ignored": r"masks.x\.png: has the value 255 .* and 99 is ignored",
     "colour mask": r"masks.x\.png: is RGB; a mask has one band",
     "grey image": r"images.x\.png: is L, not RGB",
     "transparent image": r"images.x\.png: is RGBA, not RGB",

@@ -97,8 +97,7 @@ def test_resumed_run_ends_in_the_same_bits(small, tmp_path, monkeypatch):
     whole = run(small(out=tmp_path / "whole"))
 
     class StopAfterThree(train.StopSignal):
-        def __init__(self):
-            self.asked = 0
+        asked = 0
 
         @property
         def received(self):
@@ -220,6 +219,8 @@ BAD_OPTIONS = {
     "--lr nan": "--lr must be positive; got nan",
     "--seed -1": "--seed must be at least 0",
     "--data potsdam": "--data potsdam needs --root",
+    "--data toy --root .": "it takes no --root",
+    "--val-tiles 2_10": "no tiles",
     "--data folder --root /nowhere/at/all": "/nowhere/at/all: no such folder",
     "--resume": "there is nothing to resume",
 }
