@@ -33,7 +33,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import checkpoint
 import cli
 import pictures
-from ctclm import CTCLM, Losses, ModelConfig, effective_rank, ramp_up, save_transformer
+from ctclm import (
+    CTCLM,
+    SMALLEST_IMAGE,
+    Losses,
+    ModelConfig,
+    effective_rank,
+    ramp_up,
+    save_transformer,
+)
 from data import DATA_SETS, IGNORE, DataError, Windows, load, prefetch
 from infer import evaluate, table
 from kernels import reliability
@@ -79,7 +87,7 @@ class Config:
         return {k: v for k, v in plain.items() if k not in ("out", "resume", "device")}
 
 
-REPORTS, VALIDATIONS = 30, 6  # per run
+REPORTS, REPORTS_PER_VALIDATION = 30, 5  # a run has 30 reports and 6 validations
 
 
 # --- The run ------------------------------------------------------------------------------------
@@ -214,7 +222,7 @@ class Run:
     def train_until_done(self, stop: "StopSignal") -> None:
         c = self.config
         report_every = max(1, c.steps // REPORTS)
-        validate_every = max(1, math.ceil(c.steps / VALIDATIONS))
+        validate_every = report_every * REPORTS_PER_VALIDATION  # so a report is always at hand
         history, waited, begin, before = [], 0.0, time.perf_counter(), self.seconds
         since, first = begin, self.step
         for _, images, labels, wait in prefetch(self.windows, range(self.step, c.steps)):
@@ -307,14 +315,16 @@ class Run:
             out / "metrics.json",
         )
         pictures.curves(self.log, panels(self.log)).save(out / "curves.png")
-        pictures.samples(self.samples(), self.val_set.classes).save(out / "samples.png")
+        if rows := self.samples():
+            pictures.samples(rows, self.val_set.classes).save(out / "samples.png")
 
     @torch.no_grad()
     def samples(self, rows: int = 3, side: int = 256) -> list[pictures.Sample]:
         """The middle of some validation scenes, seen by both students as they are now."""
         self.model.eval()
         found = []
-        for scene in self.val_set.scenes[:rows]:
+        large_enough = [s for s in self.val_set.scenes if min(s.label.shape) >= SMALLEST_IMAGE]
+        for scene in large_enough[:rows]:
             H, W = (min(side, length) // 32 * 32 for length in scene.label.shape)
             top, left = (scene.label.shape[0] - H) // 2, (scene.label.shape[1] - W) // 2
             image = scene.image[top : top + H, left : left + W]
