@@ -13,7 +13,8 @@ $(VENV)/ready: requirements.txt
 	touch $@
 
 demo: $(VENV)/ready
-	$(PY) train.py --data toy --variant tiny --out runs/demo --overwrite
+	rm -rf runs/demo
+	$(PY) train.py --data toy --variant tiny --out runs/demo
 	$(PY) infer.py runs/demo/best.pt --data toy --split test
 	@echo
 	@echo "Look at runs/demo/samples.png and runs/demo/curves.png. Next, on your own pictures:"

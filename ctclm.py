@@ -439,7 +439,10 @@ class CTCLM(nn.Module):
         return Output(self.cnn.head(cnn), self.transformer.head(transformer), cnn, transformer)
 
     def shared_space(self, output: Output) -> list[tuple[Tensor, Tensor]]:
-        """(CNN, Transformer) projections of each stage, (B, shared_dim, H_s, W_s), before L2."""
+        """(CNN, Transformer) projections of each stage, (B, shared_dim, H_s, W_s), before L2.
+
+        Empty without alignment.
+        """
         if not self.config.align:
             return []
         projectors = zip(self.cnn_projectors, self.transformer_projectors, strict=True)
@@ -487,8 +490,9 @@ class CTCLM(nn.Module):
         each region (a position of the grid) only the branch with the higher mean cross entropy
         moves. Positions without a valid pixel do not count.
         """
-        zero = output.cnn_logits.sum() * 0
-        align, region, decorrelation = zero, zero, zero
+        align = region = decorrelation = torch.zeros((), device=labels.device)
+        if not self.config.align:
+            return align, region, decorrelation
         valid, gap = self.labelled_gap(output, labels)  # (B, 1, H/4, W/4), no gradient
         projections = self.shared_space(output)
         with torch.autocast(labels.device.type, enabled=False):

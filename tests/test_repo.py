@@ -71,14 +71,10 @@ def test_only_the_listed_packages_are_imported():
         assert not foreign, f"{path.name} imports {foreign}"
 
 
-def test_every_module_and_public_function_is_documented():
+def test_every_module_says_what_it_is():
     for path in SOURCES:
-        tree = ast.parse(path.read_text())
-        assert ast.get_docstring(tree), path.name
-    for module in (data, infer, train):
-        for name, thing in vars(module).items():
-            if callable(thing) and getattr(thing, "__module__", "") == module.__name__:
-                assert thing.__doc__ or name in ("main",), f"{module.__name__}.{name}"
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        assert docstring and len(docstring.splitlines()) >= 3, path.name
 
 
 def test_requirements_meet_the_projects_floors():
@@ -94,11 +90,15 @@ def test_requirements_meet_the_projects_floors():
     assert modules == NAMES
 
 
-COMMANDS = re.findall(r"^python ((?:train|infer|data)\.py .*?)(?:\s{2,}#.*)?$", README, re.M)
+COMMANDS = re.findall(
+    r"^\s*(?:python|\$\(PY\)) ((?:train|infer|data)\.py .*?)(?:\s{2,}#.*)?$",
+    README + (ROOT / "Makefile").read_text(),
+    re.M,
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_readmes_commands_parse(command):
+def test_commands_of_the_readme_and_the_makefile_parse(command):
     program, *arguments = shlex.split(command)
     config = {"train.py": train.Config, "infer.py": infer.Config, "data.py": data.Config}[program]
     cli.parse(config, arguments)
