@@ -5,7 +5,7 @@ from the fields, and the same object is saved in `config.json` and in the checkp
 
     @dataclass
     class Config:
-        steps: int = option(1500, "optimiser steps")
+        steps: int = option(1200, "optimiser steps")
 
     def main(arguments): config = parse(Config, arguments)
     if __name__ == "__main__": run(main, DataError)

@@ -303,10 +303,8 @@ def checked_scene(
     `first` is the file's value for class 0; `ignore` its value for what does not count.
     """
     if image.shape[:2] != label.shape:
-        (h, w), (label_h, label_w) = image.shape[:2], label.shape
-        raise DataError(
-            f"{label_path}: is {label_w} x {label_h} pixels, but its image {image_path} {w} x {h}"
-        )
+        size, image_size = (f"{array.shape[1]} x {array.shape[0]}" for array in (label, image))
+        raise DataError(f"{label_path}: is {size} pixels, but its image {image_path} {image_size}")
     last = first + len(classes.names) - 1
     counts = label != ignore
     wrong = label[counts & ((label < first) | (label > last))]

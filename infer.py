@@ -72,11 +72,11 @@ def predict(
     height, width = min(window, H), min(window, W)
     pending = None  # (K, height, W): blended rows from `top` on that later windows still add to
     for index, top in enumerate(rows):
-        band = 0.0
+        band = None
         for column, left in enumerate(columns):
             tile = image[top : top + height, left : left + width]
             p = probabilities(student, tile, device)  # (K, height, width)
-            if isinstance(band, float):
+            if band is None:
                 band = np.zeros((len(p), height, W), np.float32)
             weight = np.outer(
                 row_weights[index, top : top + height],
@@ -92,15 +92,15 @@ def predict(
 
 
 def probabilities(student, tile: np.ndarray, device) -> np.ndarray:
-    """softmax(logits) of one tile (h, w, C) at its own size, (K, h, w) float32."""
-    h, w = tile.shape[:2]
-    below, right = -h % STRIDE, -w % STRIDE
+    """softmax(logits) of one tile (H, W, C) at its own size, (K, H, W) float32."""
+    H, W = tile.shape[:2]
+    below, right = -H % STRIDE, -W % STRIDE
     tile = np.pad(tile, ((0, below), (0, right), (0, 0)), "symmetric")
     images = torch.from_numpy(tile).to(device).permute(2, 0, 1)[None].float()
     logits = student(images).float()
     if logits.shape[-2:] != images.shape[-2:]:
         logits = F.interpolate(logits, images.shape[-2:], mode="bilinear")
-    return logits.softmax(dim=1)[0, :, :h, :w].cpu().numpy()
+    return logits.softmax(dim=1)[0, :, :H, :W].cpu().numpy()
 
 
 def predict_classes(student, image: np.ndarray, progress=None, **options):

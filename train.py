@@ -54,7 +54,7 @@ class Config:
     train_tiles: tuple[str, ...] = cli.option((), "train on these tiles only, by name")
     val_tiles: tuple[str, ...] = cli.option((), "validate on these tiles only, by name")
     variant: Literal["tiny", "b0", "b1", "b2"] = cli.option("tiny", "size of both students")
-    steps: int = cli.option(1500, "optimiser steps")
+    steps: int = cli.option(1200, "optimiser steps")
     batch: int = cli.option(8, "windows per step")
     crop: int = cli.option(128, "side of a window in pixels, a multiple of 32")
     lr: float = cli.option(1e-3, "highest learning rate; warm-up, then cosine to zero")
