@@ -351,7 +351,7 @@ class Windows:
 def cut(scene: Scene, side: int, rng) -> tuple[np.ndarray, np.ndarray]:
     """A random square; where the scene is smaller, mirrored pixels whose label is ignored."""
     H, W = scene.label.shape
-    top, left = rng.integers(max(H - side, 0) + 1), rng.integers(max(W - side, 0) + 1)
+    top, left = start(H, side, rng), start(W, side, rng)
     area = np.s_[top : top + side, left : left + side]
     image, label = scene.image[area], scene.label[area]
     if label.shape != (side, side):
@@ -359,6 +359,15 @@ def cut(scene: Scene, side: int, rng) -> tuple[np.ndarray, np.ndarray]:
         image = np.pad(image, ((0, below), (0, right), (0, 0)), "symmetric")
         label = np.pad(label, ((0, below), (0, right)), constant_values=IGNORE)
     return image, label
+
+
+def start(length: int, side: int, rng) -> int:
+    """Where a window begins on an axis: its centre is anywhere, then it is moved inside.
+
+    Windows that start anywhere inside would hardly ever show a scene's margin: in a scene of 512
+    pixels and windows of 256, the outermost pixel in one of 257, a pixel of the middle always.
+    """
+    return int(np.clip(rng.integers(length) - side // 2, 0, max(length - side, 0)))
 
 
 def resize(image: np.ndarray, label: np.ndarray, crop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -376,11 +385,16 @@ def turn(image, label, quarter: int, flip: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def change_light(image: np.ndarray, rng) -> np.ndarray:
-    """Contrast, brightness and a colour cast, as one 256-entry table per band."""
+    """Contrast about each band's own mean, exposure and a colour cast, as one table per band.
+
+    About a fixed mid-grey, the contrast of a dark scene would change its brightness and hue by more
+    than what tells its classes apart.
+    """
     bands = image.shape[2]
-    gain = rng.uniform(0.8, 1.25) * rng.uniform(0.93, 1.07, bands)
-    shift = rng.uniform(-20, 20)
-    table = np.arange(256)[:, None] * gain + (1 - gain) * 128 + shift  # (256, C)
+    mean = image.mean(axis=(0, 1))
+    contrast = rng.uniform(0.8, 1.25)
+    exposure = rng.uniform(0.9, 1.1) * rng.uniform(0.98, 1.02, bands)
+    table = ((np.arange(256)[:, None] - mean) * contrast + mean) * exposure  # (256, C)
     table = table.clip(0, 255).astype(np.uint8)
     return np.stack([table[image[..., band], band] for band in range(bands)], axis=-1)
 

@@ -57,7 +57,7 @@ class Config:
     steps: int = cli.option(1200, "optimiser steps")
     batch: int = cli.option(8, "windows per step")
     crop: int = cli.option(128, "side of a window in pixels, a multiple of 32")
-    lr: float = cli.option(1e-3, "highest learning rate; warm-up, then cosine to zero")
+    lr: float = cli.option(3e-3, "highest learning rate; warm-up, then cosine to zero")
     distill: Literal["none", "cnn_to_transformer", "transformer_to_cnn", "mutual", "selective"] = (
         cli.option("selective", "who teaches whom; selective: at each pixel the more reliable one")
     )

@@ -65,6 +65,19 @@ def test_prefetch_yields_the_same_batches_in_order():
     assert list(data.prefetch(windows, range(0))) == []
 
 
+def test_a_scenes_margin_is_seen_nearly_as_often_as_its_middle():
+    """A third as often at the very edge; a window that starts anywhere inside: 1 in 33 times."""
+    rng, seen = np.random.default_rng(0), np.zeros(64)
+    for _ in range(4000):
+        begin = data.start(64, 32, rng)
+        seen[begin : begin + 32] += 1
+    # Of the 64 centres 17 put the window at 0; pixel 32 is in every window but these. The bound is
+    # four standard deviations of 4000 draws.
+    assert seen[0] / 4000 == pytest.approx(17 / 64, abs=0.03)
+    assert seen[32] / 4000 == pytest.approx(47 / 64, abs=0.03)
+    assert data.start(20, 32, rng) == 0
+
+
 def test_image_and_label_stay_together(monkeypatch):
     """The label is painted into the image; after scaling and turning the two still agree, but for
     the pixels that bilinear interpolation mixes along an edge."""
@@ -93,6 +106,7 @@ def test_all_eight_orientations_occur(monkeypatch):
 def test_light_changes_values_and_not_places():
     image = np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (2, 1, 3))
     changed = data.change_light(image, np.random.default_rng(0)).astype(int)
+    assert not np.array_equal(changed, image)
     assert changed.shape == image.shape
     assert (np.diff(changed[0], axis=0) >= 0).all()  # brighter stays brighter
     assert np.array_equal(changed[0], changed[1])
