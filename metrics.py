@@ -199,11 +199,15 @@ def boundary_f1(counts: Tensor, classes: Sequence[int] | None = None) -> dict:
     Per class, precision is the share of predicted boundary pixels near a true one, recall the
     share of true ones near a predicted one, F1 their harmonic mean. boundary_f1 is the mean over
     `classes`; a class without a boundary pixel in truth and prediction is None and left out, one
-    with boundary pixels in only one of them scores 0. Where Csurka et al. average over images, we
-    sum counts over the data set, as for the other scores.
+    with boundary pixels in only one of them scores 0. Where the truth has no boundary at all, as in
+    eroded labels, there is nothing to measure: every score is None. Where Csurka et al. average
+    over images, we sum counts over the data set, as for the other scores.
     """
+    counts = _array(counts)
+    if counts[:, 2].sum() == 0:
+        return {"boundary_f1": None, "boundary_f1_per_class": [None] * len(counts)}
     per_class = []
-    for predicted, predicted_hit, true, true_hit in _array(counts).tolist():
+    for predicted, predicted_hit, true, true_hit in counts.tolist():
         if predicted + true == 0:
             per_class.append(None)
             continue

@@ -342,6 +342,13 @@ def test_the_edge_of_an_ignored_area_is_no_boundary():
     assert boundary_counts(half_plane(4), label, 2).tolist() == [[4, 0, 0, 0], [4, 0, 0, 0]]
 
 
+def test_labels_without_any_boundary_have_no_boundary_score():
+    eroded = np.array([[0, X, 1, 1]], np.uint8)  # as every eroded label: classes never touch
+    counts = boundary_counts(np.array([[0, 1, 1, 0]], np.uint8), eroded, 2)
+    assert counts[:, 0].sum() > 0  # the prediction has a boundary, at 1 | 0
+    assert boundary_f1(counts) == {"boundary_f1": None, "boundary_f1_per_class": [None, None]}
+
+
 def test_a_boundary_of_another_class_is_not_a_hit():
     label, prediction = half_plane(6), half_plane(6) + 2
     assert boundary_counts(prediction, label, 4).tolist() == [
