@@ -50,6 +50,9 @@ class Scene(NamedTuple):
     name: str
     image: np.ndarray  # (H, W, C) uint8
     label: np.ndarray | None  # (H, W) uint8, 0..K-1 or IGNORE
+    eroded: np.ndarray | None = None  # the publisher's label without boundaries, where there is one
+    path: Path | None = None  # the image's file
+    domain: str = ""  # LoveDA: "urban" or "rural"
 
 
 class Dataset(NamedTuple):
