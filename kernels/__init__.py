@@ -2,10 +2,12 @@
 
     from kernels import attention, collaborative_loss
 
-The model imports these names only and never asks what hardware there is.
+The model imports these names only and never asks what hardware there is: `choose.py` has the one
+rule. `force("pytorch")` and `force("triton")` override it. `python -m kernels.bench` measures.
 """
 
 from kernels.attention import attention
+from kernels.choose import force
 from kernels.distill import CollaborativeLoss, collaborative_loss, reliability
 
-__all__ = ["CollaborativeLoss", "attention", "collaborative_loss", "reliability"]
+__all__ = ["CollaborativeLoss", "attention", "collaborative_loss", "force", "reliability"]

@@ -1,0 +1,65 @@
+"""Which implementation runs. The model never asks: the public functions of this package do.
+
+    CUDA tensors                          the Triton kernels
+    CPU tensors with TRITON_INTERPRET=1   the Triton kernels, in Triton's interpreter (for tests)
+    everything else                       PyTorch
+
+and PyTorch where no kernel fits (float64, a head dimension without a kernel, logits that are not at
+a quarter of the labels' size) or where Triton is not installed. `force` overrides the rule.
+"""
+
+import os
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # there is no Triton for macOS and Windows
+    triton = tl = None
+
+# Triton reads the variable when a kernel is defined; later changes have no effect.
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+_forced: str | None = None
+
+
+def jit(function):
+    """triton.jit where there is Triton; without it a kernel is a function nobody calls."""
+    return triton.jit(function) if triton else function
+
+
+def use_triton(x: Tensor, fits: bool = True) -> bool:
+    """Whether an operation on x runs as a Triton kernel; `fits`: there is one for these shapes."""
+    possible = fits and triton is not None and (x.is_cuda or INTERPRETED)
+    if _forced == "triton" and not possible:
+        raise ValueError(
+            f'force("triton"): no kernel can run on {x.dtype} of shape {tuple(x.shape)}, {x.device}'
+        )
+    return possible and _forced != "pytorch"
+
+
+def on_device_of(x: Tensor):
+    """Kernels are launched on the current device, which need not be the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def shared_memory(x: Tensor) -> int:
+    """Bytes of shared memory that one program may have."""
+    if not x.is_cuda:
+        return 2**20
+    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+
+
+@contextmanager
+def force(path: str):
+    """Within the block run "pytorch" or "triton", whatever the rule says: for tests and benches."""
+    global _forced
+    if path not in ("pytorch", "triton"):
+        raise ValueError(f'force takes "pytorch" or "triton"; got {path!r}')
+    before, _forced = _forced, path
+    try:
+        yield
+    finally:
+        _forced = before
