@@ -78,7 +78,7 @@ def forward_blocks(M: int, D: int, dtype: torch.dtype) -> Blocks:
 
 
 def backward_blocks(M: int, D: int, dtype: torch.dtype, shared_memory: int) -> Blocks:
-    """`shared_memory`: bytes a program may have; 99 KiB on consumer cards, 163 or more on others."""
+    """`shared_memory`: bytes a program may have: 99 KiB on consumer cards, 163+ on others."""
     if dtype == torch.float32:
         return forward_blocks(M, D, dtype)
     most = 256 if D <= 32 or (D == 64 and shared_memory > 2**17) else 128 if D <= 64 else 64

@@ -280,8 +280,8 @@ def upsampling(n: int, like: Tensor) -> Tensor:
 def row_forward(
     cnn_logits, transformer_logits, labels, direction, temperature, kappa, ignore_index
 ):
-    """Sums over the valid pixels of the four terms, the gate and 1, (6,) float64; and with respect to
-    (CNN, Transformer) logits the gradients of the mean cross entropy and of the mean transfer,
+    """Sums over the valid pixels of the four terms, the gate and 1, (6,) float64; and the gradients
+    of the mean cross entropy and of the mean transfer with respect to (CNN, Transformer) logits,
     (2, 2, B, K, h, w).
 
     Upsampling is a product with a matrix on either side, A z C^T, and its transpose is A^T g C. The
@@ -350,11 +350,11 @@ def row_backward(upstream, kept, cnn_logits, transformer_logits, labels, *_optio
 
 # --- On a GPU: dual cells ------------------------------------------------------------------------
 #
-# Between four neighbouring logits lie 4 x 4 pixels that depend on these four alone. In a row, pixels
-# 4 cx - 2 .. 4 cx + 1 lie between the logits of columns cx - 1 and cx, at 1/8, 3/8, 5/8 and 7/8 of
-# the way; likewise down a column. At the border one of the two is missing: fraction 0 or 1 makes the
-# other one count alone, which is what align_corners=False means there. So h + 1 by w + 1 dual cells
-# tile the image.
+# Between four neighbouring logits lie 4 x 4 pixels that depend on these four alone. In a row,
+# pixels 4 cx - 2 .. 4 cx + 1 lie between the logits of columns cx - 1 and cx, at 1/8, 3/8, 5/8 and
+# 7/8 of the way; likewise down a column. At the border one of the two is missing: fraction 0 or 1
+# makes the other one count alone, which is what align_corners=False means there. So h + 1 by w + 1
+# dual cells tile the image.
 #
 # A program walks down ROWS of them with a lane for each column of pixels. The K classes of a pixel
 # sit in a tuple of K registers: no padding to a power of two and no reduction across lanes. To a

@@ -1,13 +1,18 @@
 """What every test shares."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import cli
+# Without a GPU Triton's kernels run in its interpreter, which is chosen when they are defined.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+import cli  # noqa: E402
+import kernels  # noqa: E402
 
 # torch.empty is filled with NaN, so an output that nobody wrote shows.
 torch.use_deterministic_algorithms(True)
@@ -17,6 +22,35 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def without_triton():
+    """The interpreter is slow: a test that wants the kernels says so by `force("triton")`."""
+    with kernels.force("pytorch"):
+        yield
+
+
+@pytest.fixture
+def device():
+    """Where Triton's kernels run: on the GPU, or in the interpreter."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def no_worse():
+    """no_worse(ours, theirs, exact, name): our error is at most twice that of PyTorch's operations
+    in the same dtype (the criterion of FlashAttention's tests), in the Frobenius norm; `exact` is
+    float64. The slack of 8 roundings in float32 is for results on which PyTorch errs by 0."""
+
+    def check(ours, theirs, exact, name=""):
+        assert ours.dtype == theirs.dtype and ours.shape == exact.shape, name
+        error, allowed = ((x.double() - exact).norm().item() for x in (ours, theirs))
+        slack = 8 * torch.finfo(torch.float32).eps * exact.norm().item() + 1e-30
+        assert error <= 2 * allowed + slack, f"{name}: error {error:.2e}, PyTorch's {allowed:.2e}"
+
+    return check
 
 
 @pytest.fixture

@@ -133,6 +133,7 @@ def test_interrupted_program_saves_first(small, number):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
     )
     while not process.stdout.readline().startswith("deployed:"):
         assert process.poll() is None, process.stderr.read()
