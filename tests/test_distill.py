@@ -300,7 +300,7 @@ def test_arguments_that_cannot_be_honoured(change, sentence):
 def small_programs(monkeypatch):
     """Blocks so small that a small image has several in each direction: 8 rows and 16 or 32 columns
     of pixels for a program, or 8 rows for a chunk."""
-    monkeypatch.setattr(distill, "ROWS", 2)
+    monkeypatch.setattr(distill, "CHUNK", 512)
     monkeypatch.setattr(distill, "CELL_ROWS", 2)
     monkeypatch.setattr(distill, "FORWARD_LANES", 16)
     monkeypatch.setattr(distill, "BACKWARD_LANES", 32)
@@ -354,15 +354,15 @@ def test_no_worse_than_the_reference(
 
 def test_blocks_as_shipped(device, no_worse):
     """One image that needs two programs in each direction: 9 x 33 logits, 36 x 132 pixels."""
-    logits, labels = on(device, 1, 3, 9, 33, torch.float32)
+    logits, labels = on(device, 1, 2, 9, 33, torch.float32)
     assert_no_worse("triton", logits, labels, no_worse)
 
 
 @pytest.mark.parametrize("path", ["pytorch", "triton"])
 def test_logits_of_any_layout(path, device, small_programs, no_worse):
     """Contiguous, channels last, and every second of a wider tensor."""
-    logits, labels = on(device, 2, 4, 3, 6, torch.float32)
-    wide = torch.randn(2, 8, 3, 12, device=device)
+    logits, labels = on(device, 2, 3, 2, 5, torch.float32)
+    wide = torch.randn(2, 6, 2, 10, device=device)
     for layout in (
         logits,
         [x.contiguous(memory_format=torch.channels_last) for x in logits],
@@ -400,7 +400,7 @@ def test_a_label_that_is_no_class_gives_nan(device, small_programs):
 
 @pytest.mark.parametrize("path", ["pytorch", "triton"])
 def test_twice_the_same_bits(path, device, small_programs):
-    logits, labels = on(device, 2, 4, 5, 9, torch.float32)
+    logits, labels = on(device, 1, 3, 5, 9, torch.float32)
     with force(path):
         one, two = (
             terms_and_gradients(collaborative_loss, logits, labels, torch.ones(4)) for _ in "12"
