@@ -95,7 +95,9 @@ DATA_SETS = ("toy", "potsdam", "loveda", "folder")
 SPLITS = ("train", "val", "test")
 
 
-def load(data: str, root: Path | None = None, split: str = "train", tiles=()) -> Dataset:
+def load(
+    data: str, root: Path | None = None, split: str = "train", tiles=(), *, cache=None, bands=None
+) -> Dataset:
     """All scenes of one split, decoded. `tiles` names the scenes to take instead of the split's.
 
     Raises DataError when anything is missing, damaged, or would be misread.
@@ -149,7 +151,13 @@ def load_potsdam(root: Path, split: str, tiles: tuple[str, ...]) -> Dataset:
         label, unknown = decode_colours(label, POTSDAM.colours)
         if unknown:
             notes.append(f"{path}: {unknown} pixels have a colour of no class; they are ignored")
-        scenes.append(checked_scene(tile, image, label, images[tile], path, POTSDAM))
+        scene = checked_scene(tile, image, label, images[tile], path, POTSDAM)
+        without = scene.label
+        if path != eroded.get(tile):
+            without = None
+            if tile in eroded:
+                without, _ = decode_colours(read_image(eroded[tile]), POTSDAM.colours)
+        scenes.append(scene._replace(eroded=without, path=images[tile]))
     return Dataset(POTSDAM, scenes, notes)
 
 
@@ -163,12 +171,13 @@ def load_loveda(root: Path, split: str, tiles: tuple[str, ...]) -> Dataset:
     for path in select(paths, tiles, root):
         mask = path.parent.parent / "masks_png" / path.name
         if split == "test":
-            scenes.append(Scene(path.stem, read_image(path), None))
+            scenes.append(Scene(path.stem, read_image(path), None, path=path))
             continue
         label = read_indices(mask if mask.exists() else missing_mask(path, mask))
         name = f"{path.parts[-3]}_{path.stem}"
         image = read_image(path)
-        scenes.append(checked_scene(name, image, label, path, mask, LOVEDA, ignore=0, first=1))
+        scene = checked_scene(name, image, label, path, mask, LOVEDA, ignore=0, first=1)
+        scenes.append(scene._replace(path=path, domain=path.parts[-3].lower()))
     return Dataset(LOVEDA, scenes, [])
 
 

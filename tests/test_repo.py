@@ -23,7 +23,8 @@ NAMES = {path.stem for path in SOURCES if path.parent == ROOT}
 LAYERS = [
     {"cli", "checkpoint", "toy", "raster", "kernels"},
     {"ctclm", "data", "maps", "metrics"},
-    {"pictures"},
+    {"pictures", "scenes"},
+    {"scoring"},
     {"infer"},
     {"train"},
 ]
