@@ -95,6 +95,13 @@ def main(arguments: list[str]) -> None:
         score(student, config, options)
 
 
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise cli.UsageError(f"{path}: must be a folder, but there is a file") from None
+
+
 # --- Maps ---------------------------------------------------------------------------------------
 
 
@@ -105,7 +112,7 @@ def write_maps(student, config: Config, options: dict) -> None:
         raise cli.UsageError(f"two images are called {twice[0]}: map them to different folders")
     for path in config.images:  # all of them, before the first hour of work
         check_bands(student, config, open_rows(path).shape[2], path)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for path in config.images:
         write_map(student, path, out, config.confidence, options)
 
@@ -198,7 +205,7 @@ def score(student, config: Config, options: dict) -> None:
         entry = {"checkpoint": str(config.checkpoint), "data": config.data, "split": split}
         entry |= {"window": config.window, "overlap": config.overlap}
         entry |= {"classes": list(dataset.classes.names), "scenes": len(dataset.scenes)} | results
-        config.out.mkdir(parents=True, exist_ok=True)
+        make_folder(config.out)
         with whole(config.out / "metrics.json") as file:
             file.write((json.dumps(entry, indent=1) + "\n").encode())
 
@@ -219,7 +226,7 @@ def submit(student, config: Config, options: dict) -> None:
             f"{config.root}: is not LoveDA's test set of {len(expected)} images: {wrong[0]} {kind}"
             + (f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else "")
         )
-    config.submission.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(config.submission.parent)
     with whole(config.submission) as file, cli.Progress(f"{len(sizes)} images") as progress:
         with ZipFile(file, "w", ZIP_DEFLATED) as archive:
             for index, scene in enumerate(dataset.scenes):
