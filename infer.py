@@ -28,7 +28,8 @@ import metrics
 import pictures
 from checkpoint import CheckpointError
 from ctclm import load_transformer
-from data import DATA_SETS, Classes, DataError, Dataset, load, read_image
+from data import DATA_SETS, Classes, DataError, Dataset, load
+from raster import read_image
 
 STRIDE = 32  # of the deepest stage: tiles are mirrored up to a multiple, their logits cut back
 
