@@ -10,6 +10,7 @@ map has the image's pixels.
 import os
 import struct
 import zlib
+from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -41,14 +42,14 @@ from raster import (
 # image's no-data value, which means nothing in a map of classes.
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 WORLD_FILES = {  # the endings in use for each format; .wld and .prj go with any
-    ".tif": (".tfw", ".tifw", ".tiffw", ".wld", ".prj"),
-    ".png": (".pgw", ".pngw", ".wld", ".prj"),
-    ".jpg": (".jgw", ".jpgw", ".jpegw", ".wld", ".prj"),
+    "TIFF": (".tfw", ".tifw", ".tiffw", ".wld", ".prj"),
+    "PNG": (".pgw", ".pngw", ".wld", ".prj"),
+    "JPEG": (".jgw", ".jpgw", ".jpegw", ".wld", ".prj"),
 }
 
 
 class Georeference(NamedTuple):
-    """Where an image lies: its GeoTIFF tags, and its side files by the letters of their ending."""
+    """Where an image lies: its GeoTIFF tags, and the files beside it by their ending."""
 
     tags: Tags
     files: dict[str, bytes]
@@ -56,13 +57,11 @@ class Georeference(NamedTuple):
 
 def georeference(path: Path) -> Georeference:
     """What `path` and the files beside it say about its place; empty when they say nothing."""
-    path = Path(path)
-    suffix = {".tiff": ".tif", ".jpeg": ".jpg"}.get(path.suffix.lower(), path.suffix.lower())
-    files = {}
+    path, form, files = Path(path), header(path).format, {}
     for side in sorted(path.parent.glob(f"{escape(path.stem)}.*")):
-        if side.stem == path.stem and side.suffix.lower() in WORLD_FILES.get(suffix, ()):
+        if side.stem == path.stem and side.suffix.lower() in WORLD_FILES[form]:
             files[side.suffix.lower()] = side.read_bytes()
-    tags = read_tags(path) if header(path).format == "TIFF" else {}
+    tags = read_tags(path) if form == "TIFF" else {}
     return Georeference({tag: tags[tag] for tag in GEO_TAGS if tag in tags}, files)
 
 
@@ -77,19 +76,49 @@ def save_side_files(place: Georeference, path: Path) -> None:
 # --- Writing ------------------------------------------------------------------------------------
 
 
-class Writer:
-    """A new image of one band of 8 bits, from top to bottom, in a `with` block.
+@contextmanager
+def whole(path: Path):
+    """A file, open for writing, that takes the name `path` when the block ends without exception.
 
-    The file is a temporary one until the block ends without an exception: an interrupted run leaves
-    nothing under the file's own name.
+    Until then it is a temporary one beside it: an interrupted run leaves nothing that looks whole.
     """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    def __init__(self, path: Path, shape, colours=None, place: Georeference | None = None):
-        """shape (H, W); colours of a palette, or grey without; `place` is carried along."""
-        self.path, (self.height, self.width) = Path(path), shape
-        self.colours, self.place = colours, place or Georeference({}, {})
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+
+@contextmanager
+def create(path: Path, shape, colours=None, place: Georeference | None = None):
+    """A Writer of a new .tif or .png of one band of 8 bits, shape (H, W), in a `with` block.
+
+    `colours` make it a palette image, without them it is grey; `place` is carried along.
+    """
+    kind = {".tif": TiffWriter, ".png": PngWriter}[Path(path).suffix]
+    place = place or Georeference({}, {})
+    with whole(path) as file:
+        writer = kind(file, path, shape, colours, place.tags)
+        yield writer
+        if writer.rows != shape[0]:
+            raise ValueError(f"{path}: {writer.rows} of {shape[0]} rows were written")
+        writer.finish()
+        save_side_files(place, path)
+
+
+class Writer:
+    """What `create` gives: `append` takes the rows from top to bottom."""
+
+    def __init__(self, file, path: Path, shape, colours, tags: Tags):
+        self.file, self.path, (self.height, self.width) = file, path, shape
+        self.colours, self.tags = colours, tags
         self.rows = 0  # so far
+        self.start()
 
     def append(self, rows: np.ndarray) -> None:
         """The next rows, (any number, W) uint8."""
@@ -98,36 +127,13 @@ class Writer:
         self.rows += len(rows)
         self.write(rows)
 
-    def __enter__(self):
-        self.file = open(self.temporary, "wb")
-        self.start()
-        return self
-
-    def __exit__(self, error, *_):
-        try:
-            if error is None:
-                if self.rows != self.height:
-                    raise ValueError(f"{self.path}: {self.rows} of {self.height} rows were written")
-                self.finish()
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                self.file.close()
-                save_side_files(self.place, self.path)
-                os.replace(self.temporary, self.path)
-        finally:
-            self.file.close()
-            self.temporary.unlink(missing_ok=True)
-
 
 class TiffWriter(Writer):
     """Strips of about 256 KiB, each compressed with deflate; the directory comes last."""
 
-    def __init__(self, path, shape, colours=None, place=None):
-        super().__init__(path, shape, colours, place)
-        if self.height * self.width >= 2**32 - 2**26:  # what deflate cannot shrink grows a little
-            raise DataError(f"{path}: would not fit into the 4 GiB of a TIFF")
-
     def start(self) -> None:
+        if self.height * self.width >= 2**32 - 2**26:  # what deflate cannot shrink grows a little
+            raise DataError(f"{self.path}: would not fit into the 4 GiB of a TIFF")
         self.strip = max(1, 2**18 // self.width)  # rows
         self.offsets, self.sizes, self.waiting = [], [], np.empty((0, self.width), np.uint8)
         self.file.write(tiff_start(0))
@@ -145,7 +151,7 @@ class TiffWriter(Writer):
     def finish(self) -> None:
         if len(self.waiting):
             self.write_strip()
-        tags = self.place.tags | {
+        tags = self.tags | {
             WIDTH: (4, (self.width,)),
             HEIGHT: (4, (self.height,)),
             BITS: (3, (8,)),
@@ -194,8 +200,3 @@ class PngWriter(Writer):
     def finish(self) -> None:
         self.write_chunk(b"IDAT", self.deflate.flush())
         self.write_chunk(b"IEND", b"")
-
-
-def create(path: Path, shape, colours=None, place: Georeference | None = None) -> Writer:
-    """A Writer for .tif or .png."""
-    return {".tif": TiffWriter, ".png": PngWriter}[Path(path).suffix](path, shape, colours, place)

@@ -56,7 +56,7 @@ def faults_of(path: Path):
         raise DataError(f"{path}: would need {most:,} pixels or more decoded at once") from None
     except UnidentifiedImageError:
         raise DataError(f"{path}: is damaged, or no PNG, JPEG or TIFF that can be read") from None
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error) as error:
         raise DataError(f"{path}: is damaged ({error})") from None
 
 
@@ -229,6 +229,13 @@ class TiffRows(Rows):
         self.offsets, self.sizes = self.tags[offsets][1], self.tags[sizes][1]
         self.planes, self.bands = (C, 1) if header.planar else (1, C)  # bands in each plane
         self.down, self.across = -(-H // self.chunk), -(-W // across)  # chunks in each plane
+        self.direct = header.compression == "none" and not header.tiled
+        self.kept: dict[int, np.ndarray] = {}  # row of chunks: its pixels, of the last read
+        self.check_places()
+
+    def check_places(self) -> None:
+        """DataError unless every strip or tile is there, whole, and inside the file."""
+        H, W, path = *self.shape[:2], self.path
         expected = self.planes * self.down * self.across
         if not len(self.offsets) == len(self.sizes) == expected:
             found = min(len(self.offsets), len(self.sizes))
@@ -238,8 +245,11 @@ class TiffRows(Rows):
             raise DataError(f"{path}: is truncated ({end - length:,} bytes are missing)")
         if 0 in self.sizes:
             raise DataError(f"{path}: has strips or tiles that were never written")
-        self.direct = header.compression == "none" and not header.tiled
-        self.kept: dict[int, np.ndarray] = {}  # row of chunks: its pixels, of the last read
+        if self.direct:
+            for number, size in enumerate(self.sizes):
+                rows = min(self.chunk, H - number % self.down * self.chunk)
+                if size < rows * W * self.bands:
+                    raise DataError(f"{path}: is damaged (strip {number} is too short)")
 
     def read(self, top: int, bottom: int) -> np.ndarray:
         with faults_of(self.path), open(self.path, "rb") as file:
@@ -269,10 +279,8 @@ class TiffRows(Rows):
                 strip, skip = divmod(row, self.chunk)
                 stop = min(bottom, (strip + 1) * self.chunk)
                 number = plane * self.down + strip
-                if (skip + stop - row) * line > self.sizes[number]:
-                    raise DataError(f"{self.path}: is damaged (strip {number} is too short)")
-                file.seek(self.offsets[number] + skip * line)
-                file.readinto(memoryview(rows[row - top : stop - top]).cast("B"))
+                data = self.fetch(file, self.offsets[number] + skip * line, (stop - row) * line)
+                rows[row - top : stop - top] = np.frombuffer(data, np.uint8).reshape(-1, line)
                 row = stop
         return merge(planes.reshape(self.planes, bottom - top, W, self.bands))
 
@@ -284,12 +292,18 @@ class TiffRows(Rows):
             row = plane * self.down
             chunks = []
             for i in range((row + begin) * self.across, (row + end) * self.across):
-                file.seek(self.offsets[i])
-                chunks.append(file.read(self.sizes[i]))
+                chunks.append(self.fetch(file, self.offsets[i], self.sizes[i]))
             with Image.open(BytesIO(self.wrapped(rows, chunks)), formats=("TIFF",)) as image:
                 image.load()
                 planes.append(np.asarray(image).reshape(rows, self.shape[1], self.bands))
         return merge(planes)
+
+    def fetch(self, file, offset: int, size: int) -> bytes:
+        file.seek(offset)
+        data = file.read(size)
+        if len(data) != size:
+            raise DataError(f"{self.path}: was cut off while it was being read")
+        return data
 
     def wrapped(self, rows: int, chunks: list[bytes]) -> bytes:
         """A whole TIFF file of `rows` rows that consists of these strips or tiles."""

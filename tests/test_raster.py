@@ -284,6 +284,23 @@ def test_what_would_be_lost_or_guessed_is_refused_by_name(tmp_path, write_tiff, 
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("settings", [{}, {"deflate": True}, {"deflate": True, "tile": (16, 16)}])
+def test_a_directory_with_wrong_bytes_is_never_another_error(tmp_path, write_tiff, settings):
+    whole = write_tiff(tmp_path / "x.tif", noise(20, 30, 3), rows=5, **settings).read_bytes()
+    rng, refused = np.random.default_rng(0), 0
+    begin = struct.unpack("<I", whole[4:8])[0]
+    for _ in range(200):
+        wrong = bytearray(whole)
+        for place in rng.integers(begin, len(whole), rng.integers(1, 4)):
+            wrong[place] = rng.integers(256)
+        (tmp_path / "x.tif").write_bytes(wrong)
+        try:
+            read_image(tmp_path / "x.tif")
+        except DataError:
+            refused += 1
+    assert refused > 50  # of the others most hit what does not matter
+
+
 def test_a_truncated_tiff_is_known_before_its_pixels_are_read(tmp_path, write_tiff):
     path = faulty("truncated strip", tmp_path, write_tiff)
     assert header(path).width == 30

@@ -26,7 +26,8 @@ LAYERS = [
     {"labels"},
     {"audit"},
     {"ctclm", "data", "maps", "metrics"},
-    {"pictures", "windows"},
+    {"pictures", "scenes", "windows"},
+    {"scoring"},
     {"infer"},
     {"train"},
 ]
