@@ -15,6 +15,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 import cli  # noqa: E402
 import kernels  # noqa: E402
+import toy  # noqa: E402
+from labels import encode_colours  # noqa: E402
+from layouts import ISPRS, POTSDAM, SPLITS  # noqa: E402
 
 # torch.empty is filled with NaN, so an output that nobody wrote shows.
 torch.use_deterministic_algorithms(True)
@@ -161,5 +164,42 @@ def write_tiff():
         )
         path.write_bytes(head + body + table + bytes(room) + values)
         return path
+
+    return write
+
+
+@pytest.fixture
+def write_isprs(write_tiff):
+    """write_isprs(root, ...) makes a small ISPRS data set, one toy scene a split -> root.
+
+    Each image in each of `kinds`: RGB, IRRG (the red band stands for infrared) or RGBIR.
+    """
+
+    def write(root, data="potsdam", kinds=("RGB",), eroded=False, size=128, splits=SPLITS):
+        for number, split in enumerate(splits):
+            image, label = toy.scene(number, size)
+            tile = ISPRS[data].splits[split].split()[0]
+            infrared = (255 - image[..., 2:3] // 2).astype(np.uint8)  # bright where blue is not
+            images = {
+                "RGB": image,
+                "IRRG": np.concatenate([infrared, image[..., :2]], axis=2),
+                "RGBIR": np.concatenate([image, infrared], axis=2),
+            }
+            if data == "potsdam":
+                paths = {k: f"{k}/top_potsdam_{tile}_{k}.tif" for k in kinds}
+                labels = f"5_Labels_all/top_potsdam_{tile}_label.tif"
+            else:
+                paths = {"IRRG": f"top/top_mosaic_09cm_area{tile}.tif"}
+                labels = f"gts_for_participants/top_mosaic_09cm_area{tile}.tif"
+            for kind, path in paths.items():
+                (root / path).parent.mkdir(parents=True, exist_ok=True)
+                write_tiff(root / path, images[kind], rows=16, deflate=True)
+            colours = encode_colours(label, POTSDAM.colours)
+            for path in [labels] + [labels.replace(".tif", "_noBoundary.tif")] * eroded:
+                (root / path).parent.mkdir(parents=True, exist_ok=True)
+                if "noBoundary" in path:
+                    colours[::8] = 0
+                Image.fromarray(colours).save(root / path, compression="tiff_lzw")
+        return root
 
     return write
