@@ -47,6 +47,7 @@ class Config:
     data: Literal["", *DATA_SETS] = cli.option("", "score on this data set instead")
     root: Path = cli.option(None, "the data set's folder")
     split: Literal["val", "test"] = cli.option(None, "the data set's split (val)")
+    tiles: tuple[str, ...] = cli.option((), "score on these scenes only, by name")
     cache: Path = cli.option(None, "folder in which decoded images are kept for the next time")
     protocol: Literal["", "all", "geoseg", "mmseg"] = cli.option(
         "", "also what others would print for the same predictions"
@@ -64,11 +65,13 @@ class Config:
         if bool(self.images) == bool(self.data):
             raise cli.UsageError("give images to map, or --data to score on (one of the two)")
         if self.images:
-            self.refuse("goes with --data, not with images", "root split cache protocol submission")
+            self.refuse(
+                "goes with --data, not with images", "root split tiles cache protocol submission"
+            )
         else:
             self.refuse("goes with images, not with --data", "confidence")
         if self.submission:
-            self.refuse("does not go with --submission", "out protocol")
+            self.refuse("does not go with --submission", "out protocol tiles")
             if self.data != "loveda":
                 raise cli.UsageError("--submission is for --data loveda")
             if self.split == "val":
@@ -112,6 +115,8 @@ def write_maps(student, config: Config, options: dict) -> None:
         raise cli.UsageError(f"two images are called {twice[0]}: map them to different folders")
     for path in config.images:  # all of them, before the first hour of work
         check_bands(student, config, open_rows(path).shape[2], path)
+    if (bands := student.about.get("bands", "rgb")) != "rgb":
+        print(f"{config.checkpoint} was trained on {bands}: the images' bands are taken for these")
     make_folder(out)
     for path in config.images:
         write_map(student, path, out, config.confidence, options)
@@ -162,8 +167,8 @@ def check_bands(student, config: Config, bands: int, what) -> None:
 
 def load_scenes(student, config: Config, split: str) -> Dataset:
     """The data set, if its classes and bands are those that the student knows."""
-    bands = student.about.get("bands") if config.data != "folder" else None
-    dataset = load(config.data, config.root, split, cache=config.cache, bands=bands)
+    bands = student.about.get("bands")
+    dataset = load(config.data, config.root, split, config.tiles, cache=config.cache, bands=bands)
     if dataset.classes.names != tuple(student.about["classes"]):
         raise DataError(
             f"{config.checkpoint}: was trained on {', '.join(student.about['classes'])}; "
@@ -188,7 +193,8 @@ def score(student, config: Config, options: dict) -> None:
                 f"--protocol {config.protocol}: takes labels with eroded boundaries, "
                 f"and there are none of the {split} split"
             )
-    print(f"{config.checkpoint} on {config.data}, {split} split")
+    what = f"tiles {' '.join(config.tiles)}" if config.tiles else f"{split} split"
+    print(f"{config.checkpoint} on {config.data}, {what}")
     for note in dataset.notes:
         print(f"  note: {note}")
     results = {}

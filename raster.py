@@ -200,8 +200,9 @@ class WholeRows(Rows):
     def read(self, top: int, bottom: int) -> np.ndarray:
         with faults_of(self.path):
             if self.image is None:
-                image = Image.open(self.path, formats=("PNG", "JPEG"))
-                image.load()  # a truncated file fails here
+                with open(self.path, "rb") as file:
+                    image = Image.open(file, formats=("PNG", "JPEG"))
+                    image.load()  # a truncated file fails here
                 self.image = image
             part = np.asarray(self.image.crop((0, top, self.shape[1], bottom)))
         return part.reshape(bottom - top, *self.shape[1:])

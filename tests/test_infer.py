@@ -16,6 +16,8 @@ import infer
 from checkpoint import CheckpointError
 from ctclm import CTCLM, ModelConfig, load_transformer, save_transformer
 from data import DataError
+from labels import decode_colours
+from layouts import IGNORE, LOVEDA, POTSDAM
 from metrics import erode
 from raster import read_tags
 from scenes import predict_classes
@@ -39,12 +41,12 @@ def save_model(path, classes, **about):
 
 @pytest.fixture(scope="module")
 def best(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("run") / "best.pt", data.POTSDAM)
+    return save_model(tmp_path_factory.mktemp("run") / "best.pt", POTSDAM)
 
 
 @pytest.fixture(scope="module")
 def loveda_best(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("run") / "best.pt", data.LOVEDA, bands="rgb")
+    return save_model(tmp_path_factory.mktemp("run") / "best.pt", LOVEDA, bands="rgb")
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def test_maps_are_written(tmp_path, printed, best, suffix):
     expected, confidence = predict_classes(load_transformer(best), image, window=64)
     assert np.array_equal(np.asarray(written), expected)
     palette = written.getpalette()[: 3 * 6]
-    assert palette == [value for colour in data.POTSDAM.colours for value in colour]
+    assert palette == [value for colour in POTSDAM.colours for value in colour]
     grey = np.asarray(Image.open(out / f"scene_confidence{kind}"))
     assert np.abs(grey / 255 - confidence).max() <= 0.5 / 255 + 1e-6
     assert Image.open(out / "scene_overlay.png").size[0] >= 90
@@ -144,8 +146,8 @@ def potsdam(tmp_path_factory):
             piece = np.asarray(image)[:96, :80].copy()
         Image.fromarray(piece).save(path)
         if path.parent.name == "5_Labels_all":
-            label, _ = data.decode_colours(piece, data.POTSDAM.colours)
-            piece[erode(label).numpy() == data.IGNORE] = 0
+            label = decode_colours(piece, POTSDAM.colours)
+            piece[erode(label).numpy() == IGNORE] = 0
             name = path.name.replace("_label", "_label_noBoundary")
             Image.fromarray(piece).save(root / "5_Labels_all_noBoundary" / name)
     return root

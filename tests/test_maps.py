@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import maps
-from data import POTSDAM
+from layouts import POTSDAM
 from maps import create, georeference
 from raster import DataError, header, read_image, read_indices, read_tags
 

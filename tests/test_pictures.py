@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import pictures
-from data import IGNORE, POTSDAM
+from layouts import IGNORE, POTSDAM
 
 
 def test_overlay_blends_the_classes_colours():

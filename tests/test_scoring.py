@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import IGNORE, Classes, Dataset, Scene
+from data import Dataset, Scene
+from layouts import IGNORE, Classes
 from scoring import evaluate, padding_counts, percent, protocol_table, table
 
 X = IGNORE
