@@ -300,6 +300,9 @@ def conventions(
 def _convention(name, meaning, matrix, classes, clutter, edges=None) -> Convention:
     found = scores(matrix, classes)
     counts = _array(matrix)
+    averaged = range(len(counts)) if classes is None else classes
+    if absent := sum(found["iou"][k] is None for k in averaged):
+        meaning += f", {absent} of which occur{'s' if absent == 1 else ''} nowhere"
     without = None
     if clutter is not None:
         without = scores(np.where(np.arange(len(counts))[:, None] == clutter, 0, counts))["oa"]

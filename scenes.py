@@ -25,20 +25,20 @@ STRIDE = 32  # of the deepest stage: tiles are mirrored up to a multiple, their 
 
 
 def axis_windows(length: int, window: int, overlap: float) -> tuple[list[int], np.ndarray]:
-    """Where windows start along an axis, and their weights (number of windows, length).
+    """Where windows start along an axis, and the weights in each (number of windows, window).
 
-    Neighbours share at least `overlap` of a window; the last one is moved back to the edge. The
-    weights are >= 0, 0 outside the window, and sum to 1 at every pixel.
+    Neighbours share at least `overlap` of a window; the last one is moved back to the edge. Weights
+    are > 0, and at every pixel those of the windows that hold it sum to 1.
     """
     window = min(window, length)
     step = max(1, round(window * (1 - overlap)))
     starts = [*range(0, length - window, step), length - window]
-    weights = np.zeros((len(starts), length))
     ramp = np.minimum(np.arange(1, window + 1), np.arange(window, 0, -1))
     ramp = np.minimum(ramp, max(1, window - step))  # flat where no neighbour reaches
-    for row, start in zip(weights, starts, strict=True):
-        row[start : start + window] = ramp
-    return starts, weights / weights.sum(axis=0)
+    total = np.zeros(length)
+    for start in starts:
+        total[start : start + window] += ramp
+    return starts, np.stack([ramp / total[start : start + window] for start in starts])
 
 
 @torch.no_grad()
@@ -69,11 +69,7 @@ def predict(
             p = probabilities(student, strip[:, left : left + width], device, tta)
             if band is None:
                 band = np.zeros((len(p), height, W), np.float32)
-            weight = np.outer(
-                row_weights[index, top : top + height],
-                column_weights[column, left : left + width],
-            )
-            p *= weight.astype(np.float32)
+            p *= np.outer(row_weights[index], column_weights[column]).astype(np.float32)
             band[:, :, left : left + width] += p
             if progress:
                 progress((index + (column + 1) / len(columns)) / len(rows))

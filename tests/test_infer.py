@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import shutil
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -19,7 +20,7 @@ from data import DataError
 from labels import decode_colours
 from layouts import IGNORE, LOVEDA, POTSDAM
 from metrics import erode
-from raster import read_tags
+from raster import read_indices, read_tags
 from scenes import predict_classes
 
 ERRORS = (DataError, CheckpointError)
@@ -109,6 +110,33 @@ def test_tta_is_another_map(tmp_path, printed, best):
     printed(best, tmp_path / "a.png", "--out", tmp_path / "m", "--tta", *SMALL)
     expected, _ = predict_classes(load_transformer(best), random_image(64, 64), window=64, tta=True)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "m/a_classes.png")), expected)
+
+
+class Greys(torch.nn.Module):
+    """A student that costs nothing: dark, bright and what lies between."""
+
+    about = {"classes": ["a", "b", "c"], "colours": [[0, 0, 0], [99, 99, 99], [255, 0, 0]]}
+
+    def forward(self, images):
+        levels = torch.tensor([0.0, 128.0, 255.0]).view(1, 3, 1, 1)
+        return -((images[:, :1] - levels).abs()) / 10
+
+
+def test_memory_is_that_of_a_band_however_high_the_scene(tmp_path, write_tiff, monkeypatch):
+    """All that Python and numpy allocate from reading to writing, for a scene ten times as high."""
+    monkeypatch.setattr(infer.pictures, "LARGEST_OVERLAY", 64)
+    options, peaks = {"window": 64, "overlap": 0.25, "device": "cpu"}, []
+    for height in (640, 640, 6400):  # the first time is a warm-up
+        image = random_image(height, 96)
+        path = write_tiff(tmp_path / f"{height}.tif", image, rows=16, deflate=True)
+        tracemalloc.start()
+        infer.write_map(Greys(), path, tmp_path, True, options)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        expected, _ = predict_classes(Greys(), image, window=64)
+        assert np.array_equal(read_indices(tmp_path / f"{height}_classes.tif"), expected)
+    # What grows are the places of the strips and a row of weights a window, 133 times 512 bytes.
+    assert peaks[2] < 1.2 * peaks[1], peaks
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])

@@ -219,6 +219,8 @@ def test_conventions_by_hand():
 def test_conventions_without_eroded_or_full_labels_or_without_clutter():
     assert [row.name for row in conventions(FULL)] == ["full"]
     assert conventions(FULL)[0].oa_without_clutter is None
+    absent = conventions([[3, 0, 1], [0, 0, 0], [0, 0, 0]])[0]  # class 1
+    assert absent.meaning == "full labels; mean over all 3 classes, 1 of which occurs nowhere"
     assert [row.name for row in conventions(FULL, ERODED)] == ["full", "eroded"]
     names = [row.name for row in conventions(FULL, None, clutter=0)]
     assert names == ["full", "full-no-clutter", "full-clutter-dropped"]
