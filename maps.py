@@ -128,13 +128,16 @@ class Writer:
         self.write(rows)
 
 
+STRIP = 2**18  # bytes in a strip before it is compressed
+
+
 class TiffWriter(Writer):
-    """Strips of about 256 KiB, each compressed with deflate; the directory comes last."""
+    """Strips of rows, each compressed with deflate; the directory comes last."""
 
     def start(self) -> None:
         if self.height * self.width >= 2**32 - 2**26:  # what deflate cannot shrink grows a little
             raise DataError(f"{self.path}: would not fit into the 4 GiB of a TIFF")
-        self.strip = max(1, 2**18 // self.width)  # rows
+        self.strip = max(1, STRIP // self.width)  # rows
         self.offsets, self.sizes, self.waiting = [], [], np.empty((0, self.width), np.uint8)
         self.file.write(tiff_start(0))
 

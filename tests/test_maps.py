@@ -58,7 +58,7 @@ def test_memory_is_a_strip_however_high_the_map(tmp_path):
     with create(tmp_path / "m.tif", (4000, 1000)) as file:
         for _ in range(40):
             file.append(noise(100, 1000))
-            assert len(file.waiting) < file.strip == 2**18 // 1000
+            assert len(file.waiting) < file.strip == maps.STRIP // 1000
     assert len(read_tags(tmp_path / "m.tif")[273][1]) == -(-4000 // 262)
 
 
