@@ -46,14 +46,16 @@ def decode_colours(rgb: np.ndarray, colours) -> np.ndarray:
     table[0] = IGNORE
     for index, colour in enumerate(colours):
         table[(np.array(colour) > 127) @ corner] = index
-    label = table[(rgb > 127) @ corner]
+    bright = (rgb > 127).view(np.uint8)
+    label = table[bright @ corner]
     label[farther(rgb, FAR)] = UNKNOWN
     return label
 
 
 def farther(rgb: np.ndarray, distance: int) -> np.ndarray:
     """Where some band is farther than `distance` from both 0 and 255, (H, W) bool."""
-    return ((rgb > distance) & (rgb < 255 - distance)).any(axis=-1)
+    middle = (rgb > distance) & (rgb < 255 - distance)
+    return middle[..., 0] | middle[..., 1] | middle[..., 2]  # 8x any()
 
 
 def encode_colours(label: np.ndarray, colours) -> np.ndarray:

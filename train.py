@@ -250,7 +250,8 @@ class Run:
         validate_every = report_every * REPORTS_PER_VALIDATION  # so a report is always at hand
         history, waited, begin, before = [], 0.0, time.perf_counter(), self.seconds
         since, first = begin, self.step
-        for _, images, labels, wait in prefetch(self.windows, range(self.step, c.steps)):
+        threads = 1 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
+        for _, images, labels, wait in prefetch(self.windows, range(self.step, c.steps), threads):
             history.append(self.train_step(images, labels))
             waited += wait
             done = self.step == c.steps

@@ -48,10 +48,11 @@ def test_windows_of_a_batch_and_of_steps_differ():
     assert len(seen) == 20
 
 
-def test_prefetch_yields_the_same_batches_in_order():
+@pytest.mark.parametrize("threads", [1, 3])
+def test_prefetch_yields_the_same_batches_in_order(threads):
     windows = Windows(random_scenes(), 32, 2)
     for wanted, (step, images, labels, waited) in zip(
-        range(4, 9), prefetch(windows, range(4, 9)), strict=True
+        range(4, 9), prefetch(windows, range(4, 9), threads), strict=True
     ):
         assert step == wanted and waited >= 0
         assert np.array_equal(images, windows.batch(step)[0])
