@@ -87,7 +87,7 @@ STRIP_OFFSETS, ROWS_PER_STRIP, STRIP_BYTES, SAMPLE_FORMAT = 273, 278, 279, 339
 TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_BYTES = 322, 323, 324, 325
 JPEG_TABLES, SUBSAMPLING, SUBFILE = 347, 530, 254
 COMPRESSIONS = {1: "none", 5: "LZW", 7: "JPEG", 8: "deflate", 32946: "deflate", 32773: "PackBits"}
-COMPRESSIONS |= {34925: "LZMA", 50000: "Zstandard", 50001: "WebP"}  # where Pillow has them
+COMPRESSIONS |= {34925: "LZMA", 50000: "Zstandard"}
 PHOTOMETRICS = {2: "RGB", 3: "P", 5: "CMYK", 6: "YCbCr", 8: "LAB"}
 SAMPLES = {1: "unsigned", 2: "signed", 3: "float"}
 

@@ -28,8 +28,8 @@ MMSEG_CROP = 512
 class Tally:
     """What is counted of predictions, scene by scene, all of it integers that add up."""
 
-    def __init__(self, classes: Classes, patch: int, crop: int):
-        self.classes, self.patch, self.crop = classes, patch, crop
+    def __init__(self, classes: Classes, crop: int):
+        self.classes, self.crop = classes, crop
         K = len(classes.names)
         self.labelled, self.full, self.eroded, self.crops = (
             torch.zeros(K, K, dtype=torch.int64) for _ in range(4)
@@ -104,7 +104,7 @@ def evaluate(
     domain where scenes have one. With `protocols` also `conventions`, a dict for each published way
     of counting. `options` are those of `scenes.predict`; progress(share) is called as it goes.
     """
-    tally = Tally(dataset.classes, patch, crop)
+    tally = Tally(dataset.classes, crop)
     for index, scene in enumerate(dataset.scenes):
 
         def share(done, index=index):
@@ -127,8 +127,8 @@ def padding_counts(
     It places the scene at the lower right of the next multiple of `patch` (1024) pixels, so the
     padding lies above and to the left (tools/potsdam_patch_split.py: PadIfNeeded, bottom_right).
     The padding of the label gets the value 6, a colour of no class, which the script's decoder
-    takes for impervious, class 0. albumentations 2 no longer knows that argument and fills with
-    black, which is ignored.
+    takes for impervious, class 0; albumentations 2 no longer knows that argument and fills with
+    black, which is ignored. (Other versions of the script: NOTES.md.)
     """
     H, W, C = image.shape
     above, left = -H % patch, -W % patch
