@@ -67,13 +67,13 @@ def load(
     *,
     cache: Path | None = None,
     bands: str | None = None,
-    max_unknown: float = MAX_UNKNOWN,
+    max_unknown: float | None = None,
 ) -> Dataset:
     """All scenes of one split. `tiles` names the scenes to take instead of the split's.
 
     With a folder `cache`, arrays are decoded into it once and are Maps; without, they are decoded
     into memory. `bands` asks for one of BANDS where the publisher has several. `max_unknown` is the
-    share of a label's pixels whose colour may be of no class (they are ignored).
+    share of a label's pixels whose colour may be of no class (None: MAX_UNKNOWN); they are ignored.
 
     Raises DataError when anything is missing, damaged, or would be misread.
     """
@@ -88,6 +88,7 @@ def load(
         more = len(found.faults) - 1
         hint = f" (and {more} more: python data.py audit lists them)" if more else ""
         raise DataError(found.faults[0] + hint)
+    max_unknown = MAX_UNKNOWN if max_unknown is None else max_unknown
     store = Cache(cache) if cache is not None else None
     scenes, notes = [], found.gaps + found.notes
     with cli.Progress(f"decoding the {split} split") as progress:

@@ -252,15 +252,13 @@ def find_folder(root: Path, split: str, tiles: tuple[str, ...]) -> Found:
     """Anyone's own data, in the layout that data.py describes."""
     classes, ignore = read_classes(root / "classes.json")
     folder = root / split / "images"
-    endings = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder (the layout is SPLIT/images and SPLIT/masks)")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings)
-    if not paths:
-        raise DataError(f"{folder}: holds no .png, .jpg or .tif image")
     faults, result = [], []
     masks, images = by_stem(root / split / "masks", faults), by_stem(folder, faults)
-    for path in select(paths, tiles, folder):
+    if not images:
+        raise DataError(f"{folder}: holds no .png, .jpg or .tif image")
+    for path in select([*images.values()], tiles, folder):
         if path.stem not in masks:
             faults.append(f"{path}: has no mask (looked for it in {root / split / 'masks'})")
         result.append(Tile(path.stem, path, masks.get(path.stem)))
@@ -269,9 +267,11 @@ def find_folder(root: Path, split: str, tiles: tuple[str, ...]) -> Found:
 
 
 def by_stem(folder: Path, faults: list[str]) -> dict[str, Path]:
-    """The files of a folder by name without ending, which pairs an image with its mask."""
+    """The images in a folder by name without ending, which pairs an image with its mask."""
     files = {}
     for path in sorted(folder.glob("[!.]*")):
+        if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".tif", ".tiff"):
+            continue  # a .tfw, a note
         if path.stem in files:
             faults.append(f"{path} and {files[path.stem].name} have one name: remove one")
         files.setdefault(path.stem, path)

@@ -215,7 +215,8 @@ def test_loveda_pairs(tmp_path):
 
 def test_folder_pairs(tmp_path):
     (tmp_path / "classes.json").write_text('{"classes": ["a", "b"], "ignore": 9}')
-    names = ("images/x.tif", "images/y.JPG", "masks/y.png", "masks/z.png", "images/notes.txt")
+    names = ("images/x.tif", "images/y.JPG", "masks/y.png", "masks/z.png")
+    touch(tmp_path / "train", "images/x.tfw", "masks/Thumbs.db")
     touch(tmp_path / "train", *names)
     found = find("folder", tmp_path, "train")
     assert [tile.name for tile in found.tiles] == ["x", "y"] and found.coding.ignore == 9
