@@ -118,7 +118,7 @@ def load_toy(split: str) -> Dataset:
 def load_image(path: Path, store: Cache | None) -> np.ndarray | Map:
     """(H, W, C) uint8, decoded at most once if there is a cache."""
     name = store and store.name(path, "image")
-    if name and (image := store.find(name)):
+    if store and (image := store.find(name)) is not None:
         return image
     rows = open_rows(path)
     return kept(store, name, rows.shape, np.uint8, row_blocks(rows))
@@ -174,8 +174,7 @@ def same_bands(scenes: list[Scene], found: Found, asked: str | None) -> str:
     """What the bands of all images are; DataError where they are not the same, or not those."""
     if asked and found.bands not in ("", asked):
         raise DataError(f"there are no {asked} images in this data set, only {found.bands}")
-    first = scenes[0]
-    bands = asked or found.bands or {3: "rgb", 4: "rgbir"}[first.image.shape[2]]
+    bands = asked or found.bands or {3: "rgb", 4: "rgbir"}[scenes[0].image.shape[2]]
     for scene in scenes:
         C = scene.image.shape[2]
         if C != BANDS[bands]:

@@ -152,7 +152,7 @@ def find_isprs(data: str, root: Path, split: str, tiles: tuple[str, ...], bands)
     """Tiles by the pattern of their base name, wherever in `root` they are."""
     isprs = ISPRS[data]
     files = defaultdict(list)  # (tile, kind) -> paths
-    for path in sorted(root.rglob("*.[tT][iI][fF]*")):
+    for path in below(root, "*.[tT][iI][fF]*"):
         if match := isprs.pattern.fullmatch(path.name):
             kind = match.groupdict().get("kind", "").lower()
             if match["eroded"]:
@@ -195,6 +195,12 @@ def find_isprs(data: str, root: Path, split: str, tiles: tuple[str, ...], bands)
     return Found(POTSDAM, Coding(coloured=True), bands, result, faults, gaps, notes)
 
 
+def below(root: Path, pattern: str) -> list[Path]:
+    """Matches at any depth; links to folders are followed where they lie in `root` itself."""
+    links = [path for path in root.iterdir() if path.is_symlink() and path.is_dir()]
+    return sorted({match for folder in (root, *links) for match in folder.rglob(pattern)})
+
+
 def one_of(paths: list[Path] | None, tile: str, faults: list[str]) -> Path | None:
     """The file, where copies of it may lie in several folders; other files of its name are a fault.
 
@@ -213,7 +219,7 @@ def one_of(paths: list[Path] | None, tile: str, faults: list[str]) -> Path | Non
 
 def zipped(root: Path) -> str:
     """A hint for messages on missing files: archives that may still hold them."""
-    archives = sorted(path.name for path in root.rglob("*.zip"))
+    archives = sorted(path.name for path in below(root, "*.zip"))
     return f" (perhaps still packed in {', '.join(archives)})" if archives else ""
 
 
@@ -221,7 +227,7 @@ def find_loveda(root: Path, split: str, tiles: tuple[str, ...]) -> Found:
     """{Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}/N.png, at any depth."""
     folders = [
         folder
-        for folder in sorted(root.rglob("images_png"))
+        for folder in below(root, "images_png")
         if folder.absolute().parent.parent.name.lower() == split
     ]
     paths = [p for f in folders for p in sorted(f.glob("*.png"), key=lambda p: (len(p.stem), p))]

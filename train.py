@@ -178,10 +178,10 @@ class Run:
     def restore(self) -> None:
         state = checkpoint.read(self.config.out / "last.pt", "ctclm-training")
         for key, value in self.config.saved().items():
-            if state["config"][key] != value:
+            if state["config"].get(key) != value:
                 raise cli.UsageError(
                     f"{self.config.out}: was started with --{key.replace('_', '-')} "
-                    f"{state['config'][key]}, not {value}; resume it with the same options"
+                    f"{state['config'].get(key)}, not {value}; resume it with the same options"
                 )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
