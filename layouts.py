@@ -160,7 +160,7 @@ def find_isprs(data: str, root: Path, split: str, tiles: tuple[str, ...], bands)
             elif data == "vaihingen":
                 kind = "label" if LABEL_FOLDER.search(path.parent.name) else "irrg"
             files[match["tile"], kind].append(path)
-    kinds = [bands for bands in BANDS if any(kind == bands for _, kind in files)]
+    kinds = [name for name in BANDS if any(kind == name for _, kind in files)]
     if not kinds:
         raise DataError(f"{root}: holds no {isprs.example}{zipped(root)}")
     bands = bands or kinds[0]
@@ -202,7 +202,7 @@ def below(root: Path, pattern: str) -> list[Path]:
 
 
 def one_of(paths: list[Path] | None, tile: str, faults: list[str]) -> Path | None:
-    """The file, where copies of it may lie in several folders; other files of its name are a fault.
+    """The file, where copies of it may lie in several folders; one of another size is a fault.
 
     Potsdam's labels come twice, in 5_Labels_all and 5_Labels_for_participants: the former first.
     """

@@ -17,7 +17,7 @@ RGB, LABEL = "RGB/top_potsdam_2_10_RGB.tif", "5_Labels_all/top_potsdam_2_10_labe
 
 
 @pytest.fixture
-def run(program, capsys):
+def run(capsys):
     """run(data, root, ...) -> (exit code, what was printed)"""
 
     def call(*arguments):
