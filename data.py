@@ -67,13 +67,13 @@ def load(
     *,
     cache: Path | None = None,
     bands: str | None = None,
-    max_unknown: float = MAX_UNKNOWN,
+    max_unknown: float | None = None,
 ) -> Dataset:
     """All scenes of one split. `tiles` names the scenes to take instead of the split's.
 
     With a folder `cache`, arrays are decoded into it once and are Maps; without, they are decoded
     into memory. `bands` asks for one of BANDS where the publisher has several. `max_unknown` is the
-    share of a label's pixels whose colour may be of no class (they are ignored).
+    share of a label's pixels whose colour may be of no class (None: MAX_UNKNOWN); they are ignored.
 
     Raises DataError when anything is missing, damaged, or would be misread.
     """
@@ -88,6 +88,7 @@ def load(
         more = len(found.faults) - 1
         hint = f" (and {more} more: python data.py audit lists them)" if more else ""
         raise DataError(found.faults[0] + hint)
+    max_unknown = MAX_UNKNOWN if max_unknown is None else max_unknown
     store = Cache(cache) if cache is not None else None
     scenes, notes = [], found.gaps + found.notes
     with cli.Progress(f"decoding the {split} split") as progress:
@@ -117,7 +118,7 @@ def load_toy(split: str) -> Dataset:
 def load_image(path: Path, store: Cache | None) -> np.ndarray | Map:
     """(H, W, C) uint8, decoded at most once if there is a cache."""
     name = store and store.name(path, "image")
-    if name and (image := store.find(name)):
+    if store and (image := store.find(name)) is not None:
         return image
     rows = open_rows(path)
     return kept(store, name, rows.shape, np.uint8, row_blocks(rows))
@@ -173,8 +174,7 @@ def same_bands(scenes: list[Scene], found: Found, asked: str | None) -> str:
     """What the bands of all images are; DataError where they are not the same, or not those."""
     if asked and found.bands not in ("", asked):
         raise DataError(f"there are no {asked} images in this data set, only {found.bands}")
-    first = scenes[0]
-    bands = asked or found.bands or {3: "rgb", 4: "rgbir"}[first.image.shape[2]]
+    bands = asked or found.bands or {3: "rgb", 4: "rgbir"}[scenes[0].image.shape[2]]
     for scene in scenes:
         C = scene.image.shape[2]
         if C != BANDS[bands]:

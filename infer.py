@@ -48,6 +48,7 @@ class Config:
     root: Path = cli.option(None, "the data set's folder")
     split: Literal["val", "test"] = cli.option(None, "the data set's split (val)")
     tiles: tuple[str, ...] = cli.option((), "score on these scenes only, by name")
+    max_unknown: float = cli.option(None, "share of a label whose colour may be no class (0.001)")
     cache: Path = cli.option(None, "folder in which decoded images are kept for the next time")
     protocol: Literal["", "all", "geoseg", "mmseg"] = cli.option(
         "", "also what others would print for the same predictions"
@@ -66,7 +67,8 @@ class Config:
             raise cli.UsageError("give images to map, or --data to score on (one of the two)")
         if self.images:
             self.refuse(
-                "goes with --data, not with images", "root split tiles cache protocol submission"
+                "goes with --data, not with images",
+                "root split tiles max_unknown cache protocol submission",
             )
         else:
             self.refuse("goes with images, not with --data", "confidence")
@@ -82,7 +84,7 @@ class Config:
     def refuse(self, why: str, names: str) -> None:
         for name in names.split():
             if getattr(self, name):
-                raise cli.UsageError(f"--{name} {why}")
+                raise cli.UsageError(f"--{name.replace('_', '-')} {why}")
 
 
 def main(arguments: list[str]) -> None:
@@ -168,7 +170,8 @@ def check_bands(student, config: Config, bands: int, what) -> None:
 def load_scenes(student, config: Config, split: str) -> Dataset:
     """The data set, if its classes and bands are those that the student knows."""
     bands = student.about.get("bands")
-    dataset = load(config.data, config.root, split, config.tiles, cache=config.cache, bands=bands)
+    options = {"cache": config.cache, "bands": bands, "max_unknown": config.max_unknown}
+    dataset = load(config.data, config.root, split, config.tiles, **options)
     if dataset.classes.names != tuple(student.about["classes"]):
         raise DataError(
             f"{config.checkpoint}: was trained on {', '.join(student.about['classes'])}; "

@@ -152,7 +152,7 @@ def find_isprs(data: str, root: Path, split: str, tiles: tuple[str, ...], bands)
     """Tiles by the pattern of their base name, wherever in `root` they are."""
     isprs = ISPRS[data]
     files = defaultdict(list)  # (tile, kind) -> paths
-    for path in sorted(root.rglob("*.[tT][iI][fF]*")):
+    for path in below(root, "*.[tT][iI][fF]*"):
         if match := isprs.pattern.fullmatch(path.name):
             kind = match.groupdict().get("kind", "").lower()
             if match["eroded"]:
@@ -195,6 +195,12 @@ def find_isprs(data: str, root: Path, split: str, tiles: tuple[str, ...], bands)
     return Found(POTSDAM, Coding(coloured=True), bands, result, faults, gaps, notes)
 
 
+def below(root: Path, pattern: str) -> list[Path]:
+    """Matches at any depth; links to folders are followed where they lie in `root` itself."""
+    links = [path for path in root.iterdir() if path.is_symlink() and path.is_dir()]
+    return sorted({match for folder in (root, *links) for match in folder.rglob(pattern)})
+
+
 def one_of(paths: list[Path] | None, tile: str, faults: list[str]) -> Path | None:
     """The file, where copies of it may lie in several folders; other files of its name are a fault.
 
@@ -213,7 +219,7 @@ def one_of(paths: list[Path] | None, tile: str, faults: list[str]) -> Path | Non
 
 def zipped(root: Path) -> str:
     """A hint for messages on missing files: archives that may still hold them."""
-    archives = sorted(path.name for path in root.rglob("*.zip"))
+    archives = sorted(path.name for path in below(root, "*.zip"))
     return f" (perhaps still packed in {', '.join(archives)})" if archives else ""
 
 
@@ -221,7 +227,7 @@ def find_loveda(root: Path, split: str, tiles: tuple[str, ...]) -> Found:
     """{Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}/N.png, at any depth."""
     folders = [
         folder
-        for folder in sorted(root.rglob("images_png"))
+        for folder in below(root, "images_png")
         if folder.absolute().parent.parent.name.lower() == split
     ]
     paths = [p for f in folders for p in sorted(f.glob("*.png"), key=lambda p: (len(p.stem), p))]
@@ -252,15 +258,13 @@ def find_folder(root: Path, split: str, tiles: tuple[str, ...]) -> Found:
     """Anyone's own data, in the layout that data.py describes."""
     classes, ignore = read_classes(root / "classes.json")
     folder = root / split / "images"
-    endings = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder (the layout is SPLIT/images and SPLIT/masks)")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings)
-    if not paths:
-        raise DataError(f"{folder}: holds no .png, .jpg or .tif image")
     faults, result = [], []
     masks, images = by_stem(root / split / "masks", faults), by_stem(folder, faults)
-    for path in select(paths, tiles, folder):
+    if not images:
+        raise DataError(f"{folder}: holds no .png, .jpg or .tif image")
+    for path in select([*images.values()], tiles, folder):
         if path.stem not in masks:
             faults.append(f"{path}: has no mask (looked for it in {root / split / 'masks'})")
         result.append(Tile(path.stem, path, masks.get(path.stem)))
@@ -269,9 +273,11 @@ def find_folder(root: Path, split: str, tiles: tuple[str, ...]) -> Found:
 
 
 def by_stem(folder: Path, faults: list[str]) -> dict[str, Path]:
-    """The files of a folder by name without ending, which pairs an image with its mask."""
+    """The images in a folder by name without ending, which pairs an image with its mask."""
     files = {}
     for path in sorted(folder.glob("[!.]*")):
+        if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".tif", ".tiff"):
+            continue  # a .tfw, a note
         if path.stem in files:
             faults.append(f"{path} and {files[path.stem].name} have one name: remove one")
         files.setdefault(path.stem, path)

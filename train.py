@@ -46,7 +46,7 @@ from data import BANDS, DATA_SETS, IGNORE, DataError, load
 from infer import evaluate, table
 from kernels import reliability
 from labels import MAX_UNKNOWN
-from windows import Windows, prefetch
+from windows import Windows, prefetch, rare_share
 
 
 @dataclass
@@ -58,7 +58,9 @@ class Config:
     bands: Literal["auto", *BANDS] = cli.option("auto", "where the publisher has several")
     max_unknown: float = cli.option(MAX_UNKNOWN, "share of a label whose colour may be no class")
     cache: Path = cli.option(None, "decoded images, for several runs (OUT/cache for this one)")
-    rare: float = cli.option(0.0, "share of windows around a pixel of a rare class")
+    rare: float = cli.option(
+        None, "share of windows around a pixel of a rare class (0.25 if one has under 1 %%, else 0)"
+    )
     variant: Literal["tiny", "b0", "b1", "b2"] = cli.option("tiny", "size of both students")
     steps: int = cli.option(1200, "optimiser steps")
     batch: int = cli.option(8, "windows per step")
@@ -84,7 +86,7 @@ class Config:
         if self.batch * self.crop**2 <= 32**2:  # a single position at stride 32 has no variance
             raise cli.UsageError("--batch 1 needs --crop 64 or more")
         for name in ("rare", "max_unknown"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise cli.UsageError(
                     f"--{name.replace('_', '-')} is a share, 0 to 1; got {getattr(self, name)}"
                 )
@@ -148,9 +150,9 @@ class Run:
             ),
         }
         self.optimizer = make_optimizer(self.model, config.lr)
-        self.windows = Windows(
-            self.train_set.scenes, config.crop, config.batch, seed=config.seed, rare=config.rare
-        )
+        scenes = self.train_set.scenes
+        rare = rare_share(scenes) if config.rare is None else config.rare
+        self.windows = Windows(scenes, config.crop, config.batch, seed=config.seed, rare=rare)
         bf16 = config.precision == "bf16" or (
             config.precision == "auto" and self.device.type == "cuda"
         )
@@ -176,10 +178,10 @@ class Run:
     def restore(self) -> None:
         state = checkpoint.read(self.config.out / "last.pt", "ctclm-training")
         for key, value in self.config.saved().items():
-            if state["config"][key] != value:
+            if state["config"].get(key) != value:
                 raise cli.UsageError(
                     f"{self.config.out}: was started with --{key.replace('_', '-')} "
-                    f"{state['config'][key]}, not {value}; resume it with the same options"
+                    f"{state['config'].get(key)}, not {value}; resume it with the same options"
                 )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -495,6 +497,8 @@ def main(arguments: list[str]) -> None:
         print(f"{name}: {len(dataset.scenes)} scenes, {pixels / 1e6:.1f} million pixels")
         for note in dataset.notes:
             print(f"  note: {note}")
+    if rare := [run.train_set.classes.names[places.k] for places in run.windows.places]:
+        print(f"{run.windows.rare:.0%} of windows are drawn around rare classes: {', '.join(rare)}")
     for name, cost in run.describe().items():
         print(
             f"{name}: {cost['parameters']:,} parameters, "

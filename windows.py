@@ -10,6 +10,7 @@ A share `rare` of the windows is drawn around a pixel of a rare class. A class i
 less than half the pixels it would have if all had the same: of Potsdam's six, car and clutter. The
 class is drawn first, all rare ones alike, then one of its pixels, then where in the window it lies.
 To find a pixel without a pass over all labels, data.py has counted the classes in small squares.
+`rare_share` says where we do so unasked: where a class has less than a hundredth of the pixels.
 
 Letters: B batch, C channels, H W pixels, K classes.
 """
@@ -24,6 +25,8 @@ from PIL import Image
 from data import Scene
 from labels import CELL
 from layouts import IGNORE
+
+RARE_SHARE, SCARCE = 0.25, 0.01
 
 
 @dataclass
@@ -86,9 +89,19 @@ class Places:
 
 def rare_places(scenes: list[Scene]) -> list[Places]:
     """One for each class that has some pixels, but less than half of an equal share."""
-    total = sum(scene.cells.sum(axis=(0, 1), dtype=np.int64) for scene in scenes)
+    total = class_pixels(scenes)
     rare = np.nonzero((total > 0) & (total < total.sum() / (2 * len(total))))[0]
     return [Places(scenes, k) for k in rare]
+
+
+def rare_share(scenes: list[Scene]) -> float:
+    """RARE_SHARE where a class that occurs is SCARCE; else 0, it did no good there (NOTES.md)."""
+    total = class_pixels(scenes)
+    return RARE_SHARE if ((total > 0) & (total < SCARCE * total.sum())).any() else 0.0
+
+
+def class_pixels(scenes: list[Scene]) -> np.ndarray:
+    return sum(scene.cells.sum(axis=(0, 1), dtype=np.int64) for scene in scenes)
 
 
 def cut(scene: Scene, side: int, rng, point=None) -> tuple[np.ndarray, np.ndarray]:

@@ -114,6 +114,19 @@ def test_an_archive_unpacked_in_part(tmp_path):
     assert gap.endswith("(perhaps still packed in 2_Ortho_RGB.zip)")
 
 
+def test_links_to_folders_are_followed(tmp_path):
+    potsdam(tmp_path / "disk", ["2_10"])
+    root = tmp_path / "root"
+    root.mkdir()
+    try:
+        for folder in ("2_Ortho_RGB", "5_Labels_all"):
+            (root / folder).symlink_to(tmp_path / "disk" / folder, target_is_directory=True)
+    except OSError:
+        pytest.skip("this system makes no links")
+    (tile,) = find("potsdam", root, "train").tiles
+    assert tile.label.exists()
+
+
 def test_7_10_only_if_asked_for(tmp_path):
     potsdam(tmp_path, [*POTSDAM_TILES["train"].split(), "7_10"])
     assert "7_10" not in [tile.name for tile in find("potsdam", tmp_path, "train").tiles]
@@ -215,7 +228,8 @@ def test_loveda_pairs(tmp_path):
 
 def test_folder_pairs(tmp_path):
     (tmp_path / "classes.json").write_text('{"classes": ["a", "b"], "ignore": 9}')
-    names = ("images/x.tif", "images/y.JPG", "masks/y.png", "masks/z.png", "images/notes.txt")
+    names = ("images/x.tif", "images/y.JPG", "masks/y.png", "masks/z.png")
+    touch(tmp_path / "train", "images/x.tfw", "masks/Thumbs.db")
     touch(tmp_path / "train", *names)
     found = find("folder", tmp_path, "train")
     assert [tile.name for tile in found.tiles] == ["x", "y"] and found.coding.ignore == 9

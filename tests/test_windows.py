@@ -6,7 +6,7 @@ import pytest
 from data import Scene
 from labels import CELL, count_cells
 from layouts import IGNORE
-from windows import Windows, change_light, cut, prefetch, rare_places, resize, start
+from windows import Windows, change_light, cut, prefetch, rare_places, rare_share, resize, start
 
 
 def random_scenes(count=2, H=90, W=120, K=4):
@@ -149,6 +149,15 @@ def test_only_classes_below_half_an_equal_share_are_rare():
     (places,) = rare_places(scenes_with_cars())
     assert places.k == 2
     assert rare_places(scenes_with_cars()[2:]) == []  # what does not occur cannot be drawn
+
+
+def test_rare_windows_start_by_themselves_below_a_hundredth():
+    assert rare_share(scenes_with_cars()) == 0.25
+    assert rare_share(scenes_with_cars(H=10, W=100)[:1]) == 0.0  # no car: nothing to draw around
+    label = np.zeros((64, 64), np.uint8)
+    label[:, 0] = 1  # 1.6 %
+    scene = Scene("s", label, label, cells=count_cells(label, 2)[..., :2])
+    assert rare_share([scene]) == 0.0
 
 
 def test_every_pixel_of_the_class_is_drawn_as_often():
