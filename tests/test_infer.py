@@ -32,12 +32,11 @@ def random_image(H, W, C=3, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (H, W, C), np.uint8)
 
 
-def save_model(path, classes, **about):
+def save_model(path, classes, in_channels=3, **about):
     torch.manual_seed(0)
     about |= {"classes": list(classes.names), "colours": [list(c) for c in classes.colours]}
-    save_transformer(
-        CTCLM(ModelConfig(variant="tiny", num_classes=len(classes.names))), path, about
-    )
+    config = ModelConfig(variant="tiny", num_classes=len(classes.names), in_channels=in_channels)
+    save_transformer(CTCLM(config), path, about)
     return path
 
 
@@ -104,6 +103,19 @@ def test_a_map_lies_where_its_image_lies(tmp_path, printed, best, write_tiff):
         assert 42113 not in tags
         for name, side in ((f"a_{kind}.tfw", "a.tfw"), (f"b_{kind}.pgw", "b.pgw")):
             assert (out / name).read_bytes() == (tmp_path / side).read_bytes()
+
+
+def test_a_map_of_four_bands(tmp_path, printed, write_tiff):
+    best = save_model(tmp_path / "best.pt", POTSDAM, in_channels=4, bands="rgbir")
+    image = random_image(64, 64, 4)
+    out = printed(best, write_tiff(tmp_path / "a.tif", image), "--out", tmp_path / "m", *SMALL)
+    assert "was trained on rgbir: the images' bands are taken for these" in out
+    expected, _ = predict_classes(load_transformer(best), image, window=64)
+    assert np.array_equal(read_indices(tmp_path / "m/a_classes.tif"), expected)
+    blind, _ = predict_classes(
+        load_transformer(best), image * np.array([1, 1, 1, 0], np.uint8), window=64
+    )
+    assert not np.array_equal(blind, expected)  # the fourth band is seen
 
 
 def test_tta_is_another_map(tmp_path, printed, best):
