@@ -22,8 +22,12 @@ NAMES = {path.stem for path in SOURCES if path.parent == ROOT}
 # Imports run one way: a file may import those of the lines above its own, never those below.
 LAYERS = [
     {"cli", "checkpoint", "toy", "raster", "kernels"},
-    {"ctclm", "data", "metrics"},
-    {"pictures"},
+    {"cache", "layouts"},
+    {"labels"},
+    {"audit"},
+    {"ctclm", "data", "maps", "metrics"},
+    {"pictures", "scenes", "windows"},
+    {"scoring"},
     {"infer"},
     {"train"},
 ]
