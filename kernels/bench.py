@@ -141,8 +141,7 @@ def medians(contenders: dict[str, Callable], device: torch.device) -> dict[str, 
 
 def gpu_median(call: Callable) -> float | None:
     try:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            return triton.testing.do_bench_cudagraph(call, rep=50, return_mode="median")
+        return triton.testing.do_bench_cudagraph(call, rep=50, return_mode="median")
     except RuntimeError as error:
         print(f"  {str(error).splitlines()[0]}", file=sys.stderr)
         return None
@@ -199,8 +198,18 @@ def rates() -> Rates:
     copied = 2 * x.numel() / (gpu_median(lambda: x.clone()) / 1000)
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     products = 2 * 8192**3 / (gpu_median(lambda: a @ a) / 1000)
-    clock = 1000 * properties.clock_rate
+    clock = 1e6 * float(ask_gpu("clocks.max.sm") or "inf")  # unknown: no floor by exponentials
     return Rates(copied, products, 16 * clock * properties.multi_processor_count)
+
+
+def ask_gpu(what: str) -> str | None:
+    """One number or name from nvidia-smi, if it is there and knows."""
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return printed.splitlines()[0].strip() if printed.strip() else None
 
 
 # --- What is timed ------------------------------------------------------------------------------
@@ -367,9 +376,7 @@ def machine(device: torch.device) -> dict:
     entry["triton"] = triton.__version__ if triton else None
     if device.type == "cuda":
         entry |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(command, capture_output=True, text=True).stdout
-        entry["driver"] = driver.splitlines()[0] if driver else None
+        entry["driver"] = ask_gpu("driver_version")
     else:
         entry["cpu"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
     return entry

@@ -662,8 +662,8 @@ def triton_backward(
     options = (ignore_index, kappa, K, temperature, direction)
     gradients = []
     for name, student, peer, terms in (
-        ("cnn", z_c, z_t, scale[[0, 3]]),
-        ("transformer", z_t, z_c, scale[[1, 2]]),
+        ("cnn", z_c, z_t, scale[::3].contiguous()),  # slices: a list would be copied to the GPU
+        ("transformer", z_t, z_c, scale[1:3].contiguous()),
     ):
         gradient = torch.empty_like(student)  # channels last, like every gradient here
         with on_device_of(student):
