@@ -47,7 +47,6 @@ class Build(NamedTuple):
     warps: int
     stages: int
     ragged: bool = False
-    matrix: bool = False  # has products, in a dtype that matrix units take
 
 
 class Compiled(NamedTuple):
@@ -65,54 +64,32 @@ def builds(arch: int) -> list[Build]:
     return attention_builds(SHARED_MEMORY[arch]) + loss_builds()
 
 
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # float16 compiles as bfloat16 does
 
 
 def attention_builds(shared_memory: int) -> list[Build]:
     """M = 256 fills one chunk; M = 1000 needs several, the last one in part, as float32 always
     does."""
+    ways = (
+        ("forward", attention_forward, forward_blocks),
+        ("backward", attention_backward, backward_blocks),
+    )
+    bf16, fp32 = torch.bfloat16, torch.float32
     found = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype, M in ((bf16, 256), (bf16, 1000), (fp32, 1000)):
         for D in HEAD_DIMENSIONS:
-            for M in (256, 1000) if dtype != torch.float32 else (1000,):
-                ragged, matrix = M == 1000, dtype != torch.float32
-                same = {name: f"*{TYPES[dtype]}" for name in ("q", "k", "v", "o", "do", "dq")}
-                types = same | {"lse": "*fp32", "scale": "fp32", "scale_2": "fp32"}
-                name = f"{TYPES[dtype]} D={D} M={M}"
-                b = forward_blocks(M, D, dtype, shared_memory)
-                chunks = triton.cdiv(M, b.keys)
-                sizes = {"D": D, "QUERIES": b.queries, "KEYS": b.keys, "RAGGED": M % b.keys != 0}
-                constants = sizes | {"TILES": 8, "CHUNKS": chunks}
-                found.append(
-                    Build(
-                        f"attention forward {name}",
-                        attention_forward,
-                        types,
-                        constants,
-                        b.warps,
-                        b.stages,
-                        ragged,
-                        matrix,
-                    )  # fmt: skip
-                )
-                b = backward_blocks(M, D, dtype, shared_memory)
-                sizes = {"D": D, "QUERIES": b.queries, "KEYS": b.keys, "RAGGED": M % b.keys != 0}
-                constants = sizes | {"TILES": 8, "ACCUMULATE": M > b.keys}
-                types |= {"dk": "*fp32", "dv": "*fp32"}
+            for way, kernel, blocks_of in ways:
+                b = blocks_of(M, D, dtype, shared_memory)
+                constants = {"D": D, "QUERIES": b.queries, "KEYS": b.keys, "TILES": 8}
+                constants |= {"CHUNKS": triton.cdiv(M, b.keys), "ACCUMULATE": M > b.keys}
+                constants |= {"RAGGED": M % b.keys != 0}
+                types = dict.fromkeys(("q", "k", "v", "o", "do", "dq"), f"*{TYPES[dtype]}")
+                types |= dict.fromkeys(("lse", "dk", "dv"), "*fp32")
+                types |= dict.fromkeys(("scale", "scale_2"), "fp32")
                 if M > b.keys:  # several chunks of keys add up dq
                     types |= {"dq": "*fp32"}
-                found.append(
-                    Build(
-                        f"attention backward {name}",
-                        attention_backward,
-                        types,
-                        constants,
-                        b.warps,
-                        b.stages,
-                        ragged,
-                        matrix,
-                    )  # fmt: skip
-                )
+                name = f"attention {way} {TYPES[dtype]} D={D} M={M}"
+                found.append(Build(name, kernel, types, constants, b.warps, b.stages, M == 1000))
     return found
 
 
