@@ -336,7 +336,7 @@ def on(device, B, K, h, w, dtype, label_dtype=torch.int64, size=2.0):
 @pytest.mark.parametrize(
     "shape, label_dtype, options",
     [
-        ((2, 5, 6, 7), torch.int64, {}),
+        ((2, 5, 3, 6), torch.int64, {}),
         ((1, 2, 3, 17), torch.uint8, {"direction": "mutual", "temperature": 2.0}),
         ((3, 7, 1, 1), torch.uint8, {"kappa": 0.1, "temperature": 0.5}),
         ((1, 16, 2, 5), torch.int32, {"direction": "transformer_to_cnn"}),
