@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 import checkpoint
 from kernels import attention, collaborative_loss
-from kernels.distill import cross_entropy
+from kernels.distill import cross_entropy, upsample
 
+UNLABELLED = 254  # label of a pixel that counts, but whose class nobody has told
 SMALLEST_IMAGE = 32  # stage 4 has stride 32, and stage 1 reduces keys by 8 at stride 4
 
 
@@ -374,7 +375,10 @@ class ModelConfig:
     variant: Literal["tiny", "b0", "b1", "b2"] = "b0"  # size of both students
     num_classes: int = 6
     in_channels: int = 3
-    encoder: Literal["multiscale", "plain"] = "multiscale"  # plain: the control, a single 3x3
+    students: Literal["both", "transformer", "cnn"] = "both"  # one alone: a control
+    encoder: Literal["multiscale", "plain", "transformer"] = (
+        "multiscale"  # of the CNN; controls: plain, a single 3x3; a second Transformer in its place
+    )
     distill: Literal["none", "cnn_to_transformer", "transformer_to_cnn", "mutual", "selective"] = (
         "selective"  # who teaches whom; selective: at each pixel, the one that is right
     )
@@ -391,11 +395,13 @@ class ModelConfig:
     def __post_init__(self):
         if self.variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}")
-        if not (1 <= self.num_classes <= self.ignore_index and self.in_channels >= 1):
+        if not (1 <= self.num_classes <= UNLABELLED and self.in_channels >= 1):
             raise ValueError(f"cannot have {self.num_classes} classes, {self.in_channels} channels")
 
 
 class Output(NamedTuple):
+    """Of a student that is not there: None."""
+
     cnn_logits: Tensor  # (B, K, H/4, W/4)
     transformer_logits: Tensor  # (B, K, H/4, W/4)
     cnn_features: list[Tensor]  # four stages, (B, C_s, H_s, W_s)
@@ -414,6 +420,7 @@ class Losses(NamedTuple):
     region: Tensor
     decorrelation: Tensor
     gate: Tensor
+    agreement: Tensor  # the transfer where there are no labels
 
 
 class CTCLM(nn.Module):
@@ -427,23 +434,34 @@ class CTCLM(nn.Module):
         super().__init__()
         self.config = config
         variant = VARIANTS[config.variant]
-        self.transformer = Transformer(variant, config.num_classes, config.in_channels)
-        self.cnn = CNN(variant, config.num_classes, config.in_channels, config.encoder)
-        stages = variant.channels if config.align else ()
+        size = (variant, config.num_classes, config.in_channels)
+        self.transformer = self.cnn = None
+        if config.students != "cnn":
+            self.transformer = Transformer(*size)
+        if config.students != "transformer":
+            second = config.encoder == "transformer"
+            self.cnn = Transformer(*size) if second else CNN(*size, config.encoder)
+        stages = variant.channels if config.align and config.students == "both" else ()
         self.transformer_projectors = nn.ModuleList(Projector(C, config.shared_dim) for C in stages)
         self.cnn_projectors = nn.ModuleList(Projector(C, config.shared_dim) for C in stages)
 
     def forward(self, images: Tensor) -> Output:
         """images (B, C, H, W) float, 0..255 -> Output."""
-        cnn, transformer = self.cnn.encode(images), self.transformer.encode(images)
-        return Output(self.cnn.head(cnn), self.transformer.head(transformer), cnn, transformer)
+        cnn = self.cnn.encode(images) if self.cnn else None
+        transformer = self.transformer.encode(images) if self.transformer else None
+        return Output(
+            self.cnn.head(cnn) if self.cnn else None,
+            self.transformer.head(transformer) if self.transformer else None,
+            cnn,
+            transformer,
+        )
 
     def shared_space(self, output: Output) -> list[tuple[Tensor, Tensor]]:
         """(CNN, Transformer) projections of each stage, (B, shared_dim, H_s, W_s), before L2.
 
         Empty without alignment.
         """
-        if not self.config.align:
+        if not self.cnn_projectors:
             return []
         projectors = zip(self.cnn_projectors, self.transformer_projectors, strict=True)
         features = zip(output.cnn_features, output.transformer_features, strict=True)
@@ -452,23 +470,30 @@ class CTCLM(nn.Module):
     def objective(self, output: Output, labels: Tensor, ramp: float = 1.0) -> Losses:
         """L = CE_t + CE_c + ramp (alpha align + beta region + gamma transfer) + delta decorrelation
 
-        labels (B, H, W) integer, 0..K-1 or ignore_index. `ramp` in [0, 1] holds the collaboration
-        back while neither student knows anything yet (see `ramp_up`). The students' cross entropies
-        are not ramped, nor is the decorrelation: it must be there before the alignment is.
+        labels (B, H, W) integer, 0..K-1, ignore_index or UNLABELLED. `ramp` in [0, 1] holds the
+        collaboration back while neither student knows anything yet (see `ramp_up`). The students'
+        cross entropies are not ramped, nor is the decorrelation: it must be there before the
+        alignment is. Pixels without a label have no cross entropy; there the students' agreement is
+        all there is, and its mean over these pixels is added to the transfer.
         """
         c = self.config
-        loss = collaborative_loss(
-            output.cnn_logits,
-            output.transformer_logits,
-            labels,
-            direction=c.distill,
-            temperature=c.temperature,
-            kappa=c.kappa,
-            ignore_index=c.ignore_index,
-        )
-        align, region, decorrelation = self.alignment(output, labels)
+        if c.students != "both":
+            return self.alone(output, labels)
+        logits = (output.cnn_logits, output.transformer_logits)
+        options = {"direction": c.distill, "temperature": c.temperature, "kappa": c.kappa}
+        options["ignore_index"] = c.ignore_index
+        unlabelled = labels == UNLABELLED
+        given = labels.masked_fill(unlabelled, c.ignore_index)
+        loss = collaborative_loss(*logits, given, **options)
         transfer = loss.cnn_to_transformer + loss.transformer_to_cnn
-        together = c.alpha * align + c.beta * region + c.gamma * transfer
+        agreement = torch.zeros_like(transfer)
+        if unlabelled.any():
+            labels = torch.where(unlabelled, self.guess(output, labels), labels)
+            guessed = labels.masked_fill(~unlabelled, c.ignore_index)
+            apart = collaborative_loss(*logits, guessed, **options)
+            agreement = apart.cnn_to_transformer + apart.transformer_to_cnn
+        align, region, decorrelation = self.alignment(output, labels)
+        together = c.alpha * align + c.beta * region + c.gamma * (transfer + agreement)
         supervised = loss.transformer_ce + loss.cnn_ce
         return Losses(
             total=supervised + ramp * together + c.delta * decorrelation,
@@ -480,7 +505,29 @@ class CTCLM(nn.Module):
             region=region,
             decorrelation=decorrelation,
             gate=loss.gate,
+            agreement=agreement,
         )
+
+    @torch.no_grad()
+    def guess(self, output: Output, labels: Tensor) -> Tensor:
+        """The class that the two students together think likeliest, at the labels' size.
+
+        In place of a label it lets the gate ask who is surer of it, and nobody is trained to
+        predict it. It is one class for each logit: that is as fine as a gate needs.
+        """
+        p_c, p_t = (z.float().softmax(1) for z in (output.cnn_logits, output.transformer_logits))
+        likeliest = (p_c + p_t).argmax(1, keepdim=True).float()
+        return F.interpolate(likeliest, labels.shape[1:], mode="nearest")[:, 0].to(labels.dtype)
+
+    def alone(self, output: Output, labels: Tensor) -> Losses:
+        """The cross entropy of the one student there is; every other term is 0."""
+        z = output.cnn_logits if self.transformer is None else output.transformer_logits
+        valid = (labels != self.config.ignore_index) & (labels != UNLABELLED)
+        target = labels.long().masked_fill(~valid, 0)
+        values = torch.where(valid, cross_entropy(upsample(z, labels), target), 0)
+        ce, none = values.sum() / valid.sum().clamp(min=1), values.new_zeros(())
+        losses = Losses(ce, *[none] * 9)
+        return losses._replace(**{f"{self.config.students}_ce": ce})
 
     def alignment(self, output: Output, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The shared space's three terms, in float32: align, region, decorrelation.
@@ -491,7 +538,7 @@ class CTCLM(nn.Module):
         moves. Positions without a valid pixel do not count.
         """
         align = region = decorrelation = torch.zeros((), device=labels.device)
-        if not self.config.align:
+        if not self.cnn_projectors:
             return align, region, decorrelation
         valid, gap = self.labelled_gap(output, labels)  # (B, 1, H/4, W/4), no gradient
         projections = self.shared_space(output)

@@ -22,7 +22,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -36,13 +36,14 @@ import pictures
 from ctclm import (
     CTCLM,
     SMALLEST_IMAGE,
+    UNLABELLED,
     Losses,
     ModelConfig,
     effective_rank,
     ramp_up,
     save_transformer,
 )
-from data import DATA_SETS, IGNORE, DataError, Windows, load, prefetch
+from data import DATA_SETS, IGNORE, DataError, Dataset, Scene, Windows, load, prefetch
 from infer import evaluate, table
 from kernels import reliability
 
@@ -61,8 +62,18 @@ class Config:
     distill: Literal["none", "cnn_to_transformer", "transformer_to_cnn", "mutual", "selective"] = (
         cli.option("selective", "who teaches whom; selective: at each pixel the more reliable one")
     )
-    align: Literal["on", "off"] = cli.option("on", "the shared representation space")
-    encoder: Literal["multiscale", "plain"] = cli.option("multiscale", "the CNN's blocks")
+    gamma: float = cli.option(1.0, "weight of the transfer")
+    align: Literal["on", "off", "decorrelation"] = cli.option(
+        "on", "the shared representation space; decorrelation: its penalty alone, nothing aligned"
+    )
+    encoder: Literal["multiscale", "plain", "transformer"] = cli.option(
+        "multiscale", "the CNN's blocks; transformer: a second Transformer in its place"
+    )
+    students: Literal["both", "transformer", "cnn"] = cli.option("both", "who is trained")
+    teacher: Path = cli.option(None, "last.pt of a run whose CNN teaches and stays as it is")
+    labelled: int = cli.option(0, "use the labels of the first so many scenes (0: of all)")
+    unlabelled: int = cli.option(0, "windows per step from the other scenes, without labels")
+    validations: int = cli.option(6, "how often to validate")
     out: Path = cli.option(Path("runs/toy"), "the run's folder")
     resume: bool = cli.option(False, "continue the run in --out")
     seed: int = cli.option(0, "of initial weights and windows")
@@ -77,6 +88,14 @@ class Config:
             raise cli.UsageError(f"--crop must be a multiple of 32; got {self.crop}")
         if self.batch * self.crop**2 <= 32**2:  # a single position at stride 32 has no variance
             raise cli.UsageError("--batch 1 needs --crop 64 or more")
+        if min(self.labelled, self.unlabelled) < 0 or self.validations < 1 or self.gamma < 0:
+            raise cli.UsageError(
+                "--labelled, --unlabelled and --gamma must be at least 0, --validations at least 1"
+            )
+        if self.teacher and (self.distill, self.align) != ("cnn_to_transformer", "off"):
+            raise cli.UsageError(
+                "--teacher needs --distill cnn_to_transformer and --align off: it does not learn"
+            )
         if not 0 <= self.seed < 2**63:
             raise cli.UsageError(f"--seed must be at least 0; got {self.seed}")
 
@@ -87,7 +106,10 @@ class Config:
         return {k: v for k, v in plain.items() if k not in ("out", "resume", "device")}
 
 
-REPORTS, REPORTS_PER_VALIDATION = 30, 5  # a run has 30 reports and 6 validations
+REPORTS, REPORTS_PER_SAVE = 30, 5  # a run has 30 reports and saves 6 times
+
+
+UNLABELLED_RANK = 2**32  # of their windows' generator: no process of a run has it
 
 
 # --- The run ------------------------------------------------------------------------------------
@@ -101,6 +123,7 @@ class Run:
         self.device = cli.pick_device(config.device)
         self.prepare_folder()
         self.train_set = load(config.data, config.root, "train", config.train_tiles)
+        labelled, unlabelled = split_labels(self.train_set.scenes, config)
         self.val_set = load(config.data, config.root, "val", config.val_tiles)
         for split, dataset in (("train", self.train_set), ("val", self.val_set)):
             labels = [scene.label for scene in dataset.scenes]
@@ -112,20 +135,33 @@ class Run:
                 variant=config.variant,
                 num_classes=len(self.train_set.classes.names),
                 in_channels=self.train_set.scenes[0].image.shape[2],
+                students=config.students,
                 encoder=config.encoder,
                 distill=config.distill,
-                align=config.align == "on",
+                gamma=config.gamma,
+                align=config.align != "off",
+                **({"alpha": 0.0, "beta": 0.0} if config.align == "decorrelation" else {}),
             )
         ).to(self.device)
-        self.branches = {
-            "transformer": self.model.transformer,
-            "cnn": self.model.cnn,
+        if config.teacher:
+            load_teacher(self.model, config.teacher)
+        self.students = {}  # those that learn
+        if self.model.transformer:
+            self.students["transformer"] = self.model.transformer
+        if self.model.cnn and not config.teacher:
+            self.students["cnn"] = self.model.cnn
+        self.branches = self.students | {
             "projectors": torch.nn.ModuleList(
                 [self.model.cnn_projectors, self.model.transformer_projectors]
             ),
         }
         self.optimizer = make_optimizer(self.model, config.lr)
-        self.windows = Windows(self.train_set.scenes, config.crop, config.batch, seed=config.seed)
+        self.windows = Windows(labelled, config.crop, config.batch, seed=config.seed)
+        if config.unlabelled:
+            others = Windows(
+                unlabelled, config.crop, config.unlabelled, seed=config.seed, rank=UNLABELLED_RANK
+            )
+            self.windows = Mixed(self.windows, others)
         bf16 = config.precision == "bf16" or (
             config.precision == "auto" and self.device.type == "cuda"
         )
@@ -222,7 +258,9 @@ class Run:
     def train_until_done(self, stop: "StopSignal") -> None:
         c = self.config
         report_every = max(1, c.steps // REPORTS)
-        validate_every = report_every * REPORTS_PER_VALIDATION  # so a report is always at hand
+        # Multiples, so that a report is always at hand.
+        save_every = report_every * REPORTS_PER_SAVE
+        validate_every = report_every * max(1, REPORTS // c.validations)
         history, waited, begin, before = [], 0.0, time.perf_counter(), self.seconds
         since, first = begin, self.step
         for _, images, labels, wait in prefetch(self.windows, range(self.step, c.steps)):
@@ -238,6 +276,7 @@ class Run:
             self.seconds = before + time.perf_counter() - begin
             if self.step % validate_every == 0 or done:
                 self.validate()
+            if self.step % save_every == 0 or done:
                 self.save()
             if self.step % report_every == 0 or done:
                 since = time.perf_counter()
@@ -264,26 +303,23 @@ class Run:
         return row
 
     def validate(self) -> None:
-        """Score both students on whole validation scenes; keep the Transformer if it is better."""
-        self.model.eval()
-        scores = {}
-        for name in ("transformer", "cnn"):
-            with cli.Progress(f"validating the {name}") as progress:
-                scores[name] = evaluate(
-                    self.branches[name], self.val_set, progress, device=self.device
-                )
-        self.model.train()
+        """Score the students on whole validation scenes; keep the Transformer if it is better.
+
+        Where the CNN is trained alone its scores are kept, and no best.pt.
+        """
+        scores = self.evaluate(self.val_set)
         row = self.log[-1]
         for name, result in scores.items():
             row[f"{name}_val_miou"] = result["miou"]
-        is_best = scores["transformer"]["miou"] > self.best["miou"]
+        first, *others = scores
+        is_best = scores[first]["miou"] > self.best["miou"]
+        shown = (f"{name} {100 * result['miou']:.1f}" for name, result in scores.items())
         print(
-            f"      validation mIoU: Transformer {100 * scores['transformer']['miou']:.1f}, "
-            f"CNN {100 * scores['cnn']['miou']:.1f}" + (", kept as best.pt" if is_best else ""),
+            f"      validation mIoU: {', '.join(shown)}" + (", the best so far" if is_best else ""),
             flush=True,
         )
         if is_best:
-            self.best = scores["transformer"] | {"step": self.step, "cnn": scores["cnn"]}
+            self.best = scores[first] | {"step": self.step} | {k: scores[k] for k in others}
             about = {
                 "classes": list(self.train_set.classes.names),
                 "colours": [list(colour) for colour in self.train_set.classes.colours],
@@ -291,14 +327,25 @@ class Run:
                 "step": self.step,
                 "val_miou": self.best["miou"],
             }
-            save_transformer(self.model, self.config.out / "best.pt", about)
+            if self.model.transformer:
+                save_transformer(self.model, self.config.out / "best.pt", about)
+
+    def evaluate(self, dataset: Dataset) -> dict[str, dict]:
+        """The scores of each student as it is now, on whole scenes."""
+        self.model.eval()
+        scores = {}
+        for name, student in self.students.items():
+            with cli.Progress(f"scoring the {name}") as progress:
+                scores[name] = evaluate(student, dataset, progress, device=self.device)
+        self.model.train()
+        return scores
 
     # --- Before and after ---
 
     def describe(self) -> dict:
         """Parameters and multiply-adds of what is trained and of what is deployed."""
         trained = count(self.model, self.config.crop)
-        deployed = count(self.model.transformer, self.config.crop)
+        deployed = count(next(iter(self.students.values())), self.config.crop)
         return {"trained": trained, "deployed": deployed}
 
     def finish(self) -> None:
@@ -307,7 +354,7 @@ class Run:
         write_json(
             {
                 "validation": {k: v for k, v in self.best.items() if k != "cnn"},
-                "cnn_validation": self.best["cnn"],
+                "cnn_validation": self.best.get("cnn"),
                 "cost": self.describe(),
                 "training_seconds": round(self.seconds, 1),
                 "machine": machine(self.device),
@@ -315,7 +362,7 @@ class Run:
             out / "metrics.json",
         )
         pictures.curves(self.log, panels(self.log)).save(out / "curves.png")
-        if rows := self.samples():
+        if self.config.students == "both" and (rows := self.samples()):
             pictures.samples(rows, self.val_set.classes).save(out / "samples.png")
 
     @torch.no_grad()
@@ -367,13 +414,53 @@ class StopSignal:
         print("\nfinishing this step, then saving (once more to quit at once)", file=sys.stderr)
 
 
+# --- Labels of some scenes only ---
+
+
+class Mixed(NamedTuple):
+    """Windows of labelled scenes, then windows of others whose labels nobody sees."""
+
+    labelled: Windows
+    others: Windows
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = self.labelled.batch(step)
+        more_images, more_labels = self.others.batch(step)
+        more_labels = np.where(more_labels == IGNORE, IGNORE, np.uint8(UNLABELLED))
+        return np.concatenate([images, more_images]), np.concatenate([labels, more_labels])
+
+
+def split_labels(scenes: list[Scene], config: Config) -> tuple[list[Scene], list[Scene]]:
+    """The scenes whose labels are used, and the others."""
+    count = config.labelled or len(scenes)
+    if count > len(scenes):
+        raise cli.UsageError(f"--labelled {count}, but there are {len(scenes)} training scenes")
+    if config.unlabelled and count == len(scenes):
+        raise cli.UsageError("--unlabelled needs --labelled: every scene is a labelled one")
+    return scenes[:count], scenes[count:]
+
+
 # --- Parts --------------------------------------------------------------------------------------
+
+
+def load_teacher(model: CTCLM, path: Path) -> None:
+    """Give `model` the CNN of the run that wrote `path`; it will not learn."""
+    state = checkpoint.read(path, "ctclm-training")["model"]
+    weights = {key[4:]: value for key, value in state.items() if key.startswith("cnn.")}
+    try:
+        model.cnn.load_state_dict(weights)
+    except RuntimeError:
+        raise checkpoint.CheckpointError(
+            f"{path}: has no CNN of this size; train it with the same --variant and --encoder"
+        ) from None
+    model.cnn.requires_grad_(False)
 
 
 def make_optimizer(model: CTCLM, lr: float) -> torch.optim.Optimizer:
     """AdamW; weight decay on matrices and kernels, not on biases, norms and layer scales."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in learning if p.dim() > 1]
+    others = [p for p in learning if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
@@ -383,7 +470,8 @@ def count(module: torch.nn.Module, side: int) -> dict:
     training = module.training
     module.eval()
     device = next(module.parameters()).device
-    channels = (module.transformer if isinstance(module, CTCLM) else module).normalise.mean.shape[1]
+    one = (module.transformer or module.cnn) if isinstance(module, CTCLM) else module
+    channels = one.normalise.mean.shape[1]
     counter = FlopCounterMode(display=False)
     # Two images (the projectors' statistics need them), a multiply-add is two operations. The
     # counter knows matrix products, not every fused attention.
