@@ -33,13 +33,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import checkpoint
 import cli
 import pictures
+import story
 from ctclm import (
     CTCLM,
     SMALLEST_IMAGE,
     UNLABELLED,
     Losses,
     ModelConfig,
-    effective_rank,
     ramp_up,
     save_transformer,
 )
@@ -233,7 +233,7 @@ class Run:
                     f"weights were left as they are in last.pt; try a lower --lr"
                 )
         self.optimizer.step()
-        self.last_output = output
+        self.last_output, self.last_labels = output, labels
         self.step += 1
         return Losses(*(term.detach() for term in losses))
 
@@ -293,11 +293,10 @@ class Run:
         row |= {"ramp": self.ramp(), "lr": self.learning_rate()}
         row["images_per_s"] = len(history) * self.config.batch / seconds
         row["data_wait"] = waited / seconds
-        with self.autocast:
-            projections = self.model.shared_space(self.last_output)
-        for stage, (h_c, h_t) in enumerate(projections, start=1):
-            row[f"cnn_rank_{stage}"] = effective_rank(h_c)
-            row[f"transformer_rank_{stage}"] = effective_rank(h_t)
+        if self.config.students == "both":
+            with self.autocast:
+                projections = self.model.shared_space(self.last_output)
+            row |= story.columns(self.last_output, self.last_labels, projections)
         row |= {"transformer_val_miou": None, "cnn_val_miou": None}
         self.log.append(row)
         return row
@@ -362,8 +361,11 @@ class Run:
             out / "metrics.json",
         )
         pictures.curves(self.log, panels(self.log)).save(out / "curves.png")
-        if self.config.students == "both" and (rows := self.samples()):
-            pictures.samples(rows, self.val_set.classes).save(out / "samples.png")
+        if self.config.students == "both":
+            story_panels = story.panels(self.log, self.val_set.classes)
+            pictures.curves(self.log, story_panels).save(out / "story.png")
+            if rows := self.samples():
+                pictures.samples(rows, self.val_set.classes).save(out / "samples.png")
 
     @torch.no_grad()
     def samples(self, rows: int = 3, side: int = 256) -> list[pictures.Sample]:
