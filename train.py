@@ -150,11 +150,11 @@ class Run:
             self.students["transformer"] = self.model.transformer
         if self.model.cnn and not config.teacher:
             self.students["cnn"] = self.model.cnn
-        self.branches = self.students | {
-            "projectors": torch.nn.ModuleList(
+        self.branches = dict(self.students)
+        if self.model.cnn_projectors:
+            self.branches["projectors"] = torch.nn.ModuleList(
                 [self.model.cnn_projectors, self.model.transformer_projectors]
-            ),
-        }
+            )
         self.optimizer = make_optimizer(self.model, config.lr)
         self.windows = Windows(labelled, config.crop, config.batch, seed=config.seed)
         if config.unlabelled:
