@@ -92,6 +92,7 @@ class Config:
     crop: int = cli.option(64, "side of a window in pixels")
     lr: float = cli.option(3e-3, "highest learning rate")
     labelled: int = cli.option(2, "use the labels of so many training scenes (0: of all)")
+    labelled_side: int = cli.option(192, "and of these only a square of so many pixels (0: all)")
     unlabelled: int = cli.option(4, "windows per step from the other scenes, without labels")
     jobs: int = cli.option(1, "runs at a time")
     results: Path = cli.option(Path("results/toy"), "folder of the table")
@@ -108,7 +109,7 @@ class Config:
 
     def settings(self) -> dict:
         """What all cells of a table have in common."""
-        names = "data variant steps batch crop lr labelled unlabelled".split()
+        names = "data variant steps batch crop lr labelled labelled_side unlabelled".split()
         return {name: getattr(self, name) for name in names}
 
 

@@ -72,6 +72,7 @@ class Config:
     students: Literal["both", "transformer", "cnn"] = cli.option("both", "who is trained")
     teacher: Path = cli.option(None, "last.pt of a run whose CNN teaches and stays as it is")
     labelled: int = cli.option(0, "use the labels of the first so many scenes (0: of all)")
+    labelled_side: int = cli.option(0, "and of these only a square of so many pixels (0: all)")
     unlabelled: int = cli.option(0, "windows per step from the other scenes, without labels")
     validations: int = cli.option(6, "how often to validate")
     out: Path = cli.option(Path("runs/toy"), "the run's folder")
@@ -88,10 +89,11 @@ class Config:
             raise cli.UsageError(f"--crop must be a multiple of 32; got {self.crop}")
         if self.batch * self.crop**2 <= 32**2:  # a single position at stride 32 has no variance
             raise cli.UsageError("--batch 1 needs --crop 64 or more")
-        if min(self.labelled, self.unlabelled) < 0 or self.validations < 1 or self.gamma < 0:
-            raise cli.UsageError(
-                "--labelled, --unlabelled and --gamma must be at least 0, --validations at least 1"
-            )
+        for name in ("labelled", "labelled_side", "unlabelled", "gamma"):
+            if not getattr(self, name) >= 0:
+                raise cli.UsageError(f"--{name.replace('_', '-')} must be at least 0")
+        if self.validations < 1:
+            raise cli.UsageError("--validations must be positive: the last step is validated")
         if self.teacher and (self.distill, self.align) != ("cnn_to_transformer", "off"):
             raise cli.UsageError(
                 "--teacher needs --distill cnn_to_transformer and --align off: it does not learn"
@@ -433,13 +435,22 @@ class Mixed(NamedTuple):
 
 
 def split_labels(scenes: list[Scene], config: Config) -> tuple[list[Scene], list[Scene]]:
-    """The scenes whose labels are used, and the others."""
+    """The scenes whose labels are used, cut to a square in the middle if asked, and the others."""
     count = config.labelled or len(scenes)
     if count > len(scenes):
         raise cli.UsageError(f"--labelled {count}, but there are {len(scenes)} training scenes")
     if config.unlabelled and count == len(scenes):
         raise cli.UsageError("--unlabelled needs --labelled: every scene is a labelled one")
-    return scenes[:count], scenes[count:]
+    return [middle(scene, config.labelled_side) for scene in scenes[:count]], scenes[count:]
+
+
+def middle(scene: Scene, side: int) -> Scene:
+    """The square of `side` pixels in the middle of a scene, or what there is of it; 0: all."""
+    if not side:
+        return scene
+    top, left = (max(0, (length - side) // 2) for length in scene.label.shape)
+    area = np.s_[top : top + side, left : left + side]
+    return scene._replace(image=scene.image[area], label=scene.label[area])
 
 
 # --- Parts --------------------------------------------------------------------------------------
