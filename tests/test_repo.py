@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import ablation
 import cli
 import data
 import infer
@@ -24,8 +25,9 @@ LAYERS = [
     {"cli", "checkpoint", "toy", "kernels"},
     {"ctclm", "data", "metrics"},
     {"pictures"},
-    {"infer"},
+    {"infer", "story"},
     {"train"},
+    {"ablation"},
 ]
 
 
@@ -91,7 +93,7 @@ def test_requirements_meet_the_projects_floors():
 
 
 COMMANDS = re.findall(
-    r"^\s*(?:python|\$\(PY\)) ((?:train|infer|data)\.py .*?)(?:\s{2,}#.*)?$",
+    r"^\s*(?:python|\$\(PY\)) ((?:train|infer|data|ablation)\.py .*?)(?:\s{2,}#.*)?$",
     README + (ROOT / "Makefile").read_text(),
     re.M,
 )
@@ -100,7 +102,8 @@ COMMANDS = re.findall(
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_the_readme_and_the_makefile_parse(command):
     program, *arguments = shlex.split(command)
-    config = {"train.py": train.Config, "infer.py": infer.Config, "data.py": data.Config}[program]
+    modules = {"train.py": train, "infer.py": infer, "data.py": data, "ablation.py": ablation}
+    config = modules[program].Config
     cli.parse(config, arguments)
 
 
