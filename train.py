@@ -4,9 +4,9 @@
     python train.py --data folder --root MY_DATA --out runs/mine
     python train.py --data folder --root MY_DATA --out runs/mine --resume
 
-A run writes config.json, log.csv, metrics.json, curves.png, samples.png, last.pt (everything
-that is needed to go on) and best.pt (the Transformer alone, at its best validation mIoU: this is
-what people pass on). Ctrl-C and SIGTERM finish the step, save, and exit.
+A run writes config.json, log.csv, metrics.json, curves.png, samples.png, story.png (who taught whom
+over training), last.pt (everything that is needed to go on) and best.pt (the Transformer alone, at
+its best validation mIoU: this is what people pass on). Ctrl-C and SIGTERM finish the step, save, and exit.
 
 The step number is the whole state of the data and there is no randomness in the model, so a resumed
 run ends in the same bits as one that was never stopped.
@@ -69,7 +69,7 @@ class Config:
     encoder: Literal["multiscale", "plain", "transformer"] = cli.option(
         "multiscale", "the CNN's blocks; transformer: a second Transformer in its place"
     )
-    students: Literal["both", "transformer", "cnn"] = cli.option("both", "who is trained")
+    students: Literal["both", "transformer", "cnn"] = cli.option("both", "who is there; one alone has nobody to learn from")
     teacher: Path = cli.option(None, "last.pt of a run whose CNN teaches and stays as it is")
     labelled: int = cli.option(0, "use the labels of the first so many scenes (0: of all)")
     labelled_side: int = cli.option(0, "and of these only a square of so many pixels (0: all)")
@@ -94,9 +94,11 @@ class Config:
                 raise cli.UsageError(f"--{name.replace('_', '-')} must be at least 0")
         if self.validations < 1:
             raise cli.UsageError("--validations must be positive: the last step is validated")
-        if self.teacher and (self.distill, self.align) != ("cnn_to_transformer", "off"):
+        taught = (self.students, self.distill, self.align) == ("both", "cnn_to_transformer", "off")
+        if self.teacher and (not taught or self.encoder == "transformer"):
             raise cli.UsageError(
-                "--teacher needs --distill cnn_to_transformer and --align off: it does not learn"
+                "--teacher, a CNN that does not learn, needs --students both, "
+                "--distill cnn_to_transformer and --align off"
             )
         if not 0 <= self.seed < 2**63:
             raise cli.UsageError(f"--seed must be at least 0; got {self.seed}")
@@ -580,9 +582,10 @@ def main(arguments: list[str]) -> None:
     except DivergedError as error:
         sys.exit(f"train.py: {error}")
     run.finish()
-    print(f"\nbest.pt is from step {run.best['step']}; on the validation split it scores\n")
+    name = next(iter(run.students))
+    print(f"\nthe {name} was best at step {run.best['step']}; on the validation split it scores\n")
     print(table(run.best, run.val_set.classes))
-    print(f"\n{config.out}: best.pt, metrics.json, log.csv, curves.png, samples.png, last.pt")
+    print(f"\n{config.out}: {', '.join(sorted(path.name for path in config.out.iterdir()))}")
 
 
 if __name__ == "__main__":

@@ -295,7 +295,7 @@ BAD_OPTIONS = {
     "--validations 0": "--validations must be positive",
     "--labelled 99": "--labelled 99, but there are 24 training scenes",
     "--unlabelled 2": "--unlabelled needs --labelled",
-    "--teacher x.pt": "--teacher needs --distill cnn_to_transformer and --align off",
+    "--teacher x.pt": "--teacher, a CNN that does not learn, needs --students both",
 }
 
 
