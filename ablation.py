@@ -17,10 +17,10 @@ import csv
 import json
 import os
 import shutil
+import signal
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -384,9 +384,18 @@ def chains(config: Config, done: set) -> list[list[tuple[str, int]]]:
     return found
 
 
-def run_chain(config: Config, chain: list[tuple[str, int]], ratio: float, threads: int):
+class StoppedError(Exception):
+    """A run was told to stop, and saved what it had."""
+
+
+def run_chain(task: tuple) -> list[dict]:
+    """One chain of cells, in a process of its own."""
+    config, chain, ratio, threads = task
     cli.keep_freed_memory()
-    return [run_cell(config, name, seed, ratio, threads) for name, seed in chain]
+    try:
+        return [run_cell(config, name, seed, ratio, threads) for name, seed in chain]
+    except SystemExit:
+        raise StoppedError(f"{chain[0]}") from None  # a pool would wait for ever for an exit
 
 
 def report(config: Config, rows: list[dict]) -> None:
@@ -404,16 +413,20 @@ def main(arguments: list[str]) -> None:
     todo = chains(config, {(row["arm"], row["seed"]) for row in rows})
     threads = max(1, torch.get_num_threads() // config.jobs)
     print(f"{len(rows)} cells are there, {sum(map(len, todo))} to run, {config.jobs} at a time")
-    with ProcessPoolExecutor(config.jobs, get_context("spawn")) as pool:
-        futures = [
-            pool.submit(run_chain, config, chain, settings["time_ratio"], threads) for chain in todo
-        ]
-        for future in as_completed(futures):
-            for row in future.result():
-                rows = [r for r in rows if (r["arm"], r["seed"]) != (row["arm"], row["seed"])]
-                rows.append(row)
-                print(f"{row['arm']:13} seed {row['seed']}  {row['seconds']:.0f} s", flush=True)
-            report(config, rows)
+    tasks = [(config, chain, settings["time_ratio"], threads) for chain in todo]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # Leaving the block, for whatever reason, sends SIGTERM to what still runs: a run then saves.
+    with get_context("spawn").Pool(config.jobs, maxtasksperchild=1) as pool:
+        try:
+            for finished in pool.imap_unordered(run_chain, tasks):
+                done = {(row["arm"], row["seed"]) for row in finished}
+                rows = [row for row in rows if (row["arm"], row["seed"]) not in done] + finished
+                report(config, rows)
+                for row in finished:
+                    print(f"{row['arm']:13} seed {row['seed']}  {row['seconds']:.0f} s", flush=True)
+        except StoppedError:
+            print("interrupted: the same command goes on from here")
+            sys.exit(128 + signal.SIGINT)
     report(config, rows)
     if sheet := draw_crops(config, test_set(config)):
         sheet.save(config.out / "crops.png")

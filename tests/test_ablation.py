@@ -3,6 +3,11 @@
 import csv
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +30,7 @@ def small(tmp_path, write_folder):
 
     def config(**options):
         settings = {"data": "folder", "root": root, "steps": 2, "batch": 2, "crop": 32, "seeds": 1}
-        settings |= {"labelled": 1, "unlabelled": 1, "device": "cpu"}
+        settings |= {"labelled": 1, "labelled_side": 0, "unlabelled": 1, "device": "cpu"}
         settings |= {"results": tmp_path / "results", "out": tmp_path / "runs"}
         return ablation.Config(**settings | options)
 
@@ -91,7 +96,7 @@ def test_a_table_goes_on_where_it_stopped(small, program, capsys, monkeypatch):
     config = small()
     arguments = ["--data", "folder", "--root", config.root, "--steps", 2, "--batch", 2]
     arguments += ["--crop", 32, "--labelled", 1, "--unlabelled", 1, "--device", "cpu"]
-    arguments += ["--results", config.results, "--out", config.out]
+    arguments += ["--labelled-side", 0, "--results", config.results, "--out", config.out]
     arms = ["--arms", "transformer", "frozen", "full"]
     assert program(ablation.main, ERRORS, *arguments, *arms, "--seeds", 1) == (0, "")
     found = ablation.read_cells(config.results / "cells.csv")
@@ -149,6 +154,36 @@ def test_a_cell_that_was_killed_is_finished(small, monkeypatch):
     )
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert again["transformer_miou"] == row["transformer_miou"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent as on POSIX")
+@pytest.mark.parametrize("to_a_run", [False, True])
+def test_an_interrupted_table_saves_its_runs(small, to_a_run):
+    """Told to stop, the program or one of its runs: nothing is left running, and all saved."""
+    config = small()
+    ablation.prepare(replace(config, steps=100_000))
+    arguments = ["--data", "folder", "--root", config.root, "--steps", 100_000, "--batch", 2]
+    arguments += ["--crop", 32, "--labelled", 1, "--unlabelled", 1, "--device", "cpu", "--jobs", 2]
+    arguments += ["--labelled-side", 0, "--arms", "transformer", "full"]
+    arguments += ["--results", config.results, "--out", config.out]
+    process = subprocess.Popen([sys.executable, "ablation.py", *map(str, arguments)])
+    cells = [config.out / "transformer/0", config.out / "full/0"]
+    limit = time.monotonic() + 120
+    while not all((cell / "output.txt").exists() for cell in cells):
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.2)
+    time.sleep(2)  # a few steps
+    run = process.pid
+    if to_a_run:
+        children = f"/proc/{run}/task/{run}/children"
+        if not os.path.exists(children):
+            process.kill()
+            pytest.skip("the system does not list a process's children")
+        run = max(map(int, open(children).read().split()))
+    os.kill(run, signal.SIGTERM)
+    assert process.wait(60) == 128 + (signal.SIGINT if to_a_run else signal.SIGTERM)
+    for cell in cells:
+        assert read(cell / "last.pt", "ctclm-training")["step"] > 0
 
 
 def test_scores_are_of_the_last_step(small):
