@@ -42,15 +42,14 @@ class Arm(NamedTuple):
     number: int
     name: str
     options: dict  # of train.Config, beside those that all arms share
-    unlabelled: bool = True  # does it see the windows without labels?
 
 
 NO_SPACE = {"align": "off"}
 ALONE = {"students": "transformer", "distill": "none"} | NO_SPACE
 ARMS = {
-    "transformer": Arm(1, "Transformer alone", ALONE, False),
-    "equal-time": Arm(2, "Transformer alone, as much time as full", ALONE, False),
-    "cnn": Arm(3, "CNN alone", ALONE | {"students": "cnn"}, False),
+    "transformer": Arm(1, "Transformer alone", ALONE),
+    "equal-time": Arm(2, "Transformer alone, as much time as full", ALONE),
+    "cnn": Arm(3, "CNN alone", ALONE | {"students": "cnn"}),
     "mutual": Arm(
         4, "mutual, no gate, matched weight", {"distill": "mutual", "gamma": 0.5} | NO_SPACE
     ),
@@ -66,7 +65,7 @@ ARMS = {
     "constant": Arm(10, "full, constant gate", {"distill": "mutual", "gamma": 0.5}),
     "plain": Arm(11, "full, plain encoder", {"encoder": "plain"}),
     "twin": Arm(12, "full, a second Transformer for the CNN", {"encoder": "transformer"}),
-    "perturbed": Arm(13, "Transformer alone, perturbed", ALONE, False),
+    "perturbed": Arm(13, "Transformer alone, perturbed", ALONE),
 }
 COMPARED = ("transformer", "equal-time", "decorrelation", "twin")  # every arm minus each of these
 SCORES = ("miou", "mf1", "oa", "boundary_f1")
@@ -88,12 +87,11 @@ class Config:
     seeds: int = cli.option(5, "how many")
     variant: Literal["tiny", "b0", "b1", "b2"] = cli.option("tiny", "size of both students")
     steps: int = cli.option(1000, "optimiser steps of every arm but equal-time")
-    batch: int = cli.option(4, "labelled windows per step")
+    batch: int = cli.option(4, "windows per step")
     crop: int = cli.option(64, "side of a window in pixels")
     lr: float = cli.option(3e-3, "highest learning rate")
-    labelled: int = cli.option(1, "use the labels of so many training scenes (0: of all)")
-    labelled_side: int = cli.option(192, "and of these only a square of so many pixels (0: all)")
-    unlabelled: int = cli.option(0, "windows per step from the other scenes, without labels")
+    labelled: int = cli.option(1, "train on the first so many scenes (0: on all)")
+    labelled_side: int = cli.option(192, "and of these only on a square of so many pixels (0: all)")
     jobs: int = cli.option(1, "runs at a time")
     results: Path = cli.option(Path("results/toy"), "folder of the table")
     out: Path = cli.option(Path("runs/ablation"), "folder of the runs")
@@ -109,7 +107,7 @@ class Config:
 
     def settings(self) -> dict:
         """What all cells of a table have in common."""
-        names = "data variant steps batch crop lr labelled labelled_side unlabelled".split()
+        names = "data variant steps batch crop lr labelled labelled_side".split()
         return {name: getattr(self, name) for name in names}
 
 
@@ -120,8 +118,6 @@ def cell_config(config: Config, name: str, seed: int, ratio: float) -> train.Con
     """The run of one cell; `ratio` is the time of a full step in steps of the Transformer alone."""
     arm = ARMS[name]
     shared = config.settings() | {"root": config.root, "device": config.device, "seed": seed}
-    if not arm.unlabelled:
-        shared["unlabelled"] = 0
     if name == "equal-time":
         shared["steps"] = round(config.steps * ratio)
     if name == "perturbed":

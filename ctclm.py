@@ -33,7 +33,6 @@ import checkpoint
 from kernels import attention, collaborative_loss
 from kernels.distill import cross_entropy, upsample
 
-UNLABELLED = 254  # label of a pixel that counts, but whose class nobody has told
 SMALLEST_IMAGE = 32  # stage 4 has stride 32, and stage 1 reduces keys by 8 at stride 4
 
 
@@ -395,7 +394,7 @@ class ModelConfig:
     def __post_init__(self):
         if self.variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}")
-        if not (1 <= self.num_classes <= UNLABELLED and self.in_channels >= 1):
+        if not (1 <= self.num_classes <= self.ignore_index and self.in_channels >= 1):
             raise ValueError(f"cannot have {self.num_classes} classes, {self.in_channels} channels")
 
 
@@ -420,7 +419,6 @@ class Losses(NamedTuple):
     region: Tensor
     decorrelation: Tensor
     gate: Tensor
-    agreement: Tensor  # the transfer where there are no labels
 
 
 class CTCLM(nn.Module):
@@ -470,30 +468,25 @@ class CTCLM(nn.Module):
     def objective(self, output: Output, labels: Tensor, ramp: float = 1.0) -> Losses:
         """L = CE_t + CE_c + ramp (alpha align + beta region + gamma transfer) + delta decorrelation
 
-        labels (B, H, W) integer, 0..K-1, ignore_index or UNLABELLED. `ramp` in [0, 1] holds the
-        collaboration back while neither student knows anything yet (see `ramp_up`). The students'
-        cross entropies are not ramped, nor is the decorrelation: it must be there before the
-        alignment is. Pixels without a label have no cross entropy; there the students' agreement is
-        all there is, and its mean over these pixels is added to the transfer.
+        labels (B, H, W) integer, 0..K-1 or ignore_index. `ramp` in [0, 1] holds the collaboration
+        back while neither student knows anything yet (see `ramp_up`). The students' cross entropies
+        are not ramped, nor is the decorrelation: it must be there before the alignment is.
         """
         c = self.config
         if c.students != "both":
             return self.alone(output, labels)
-        logits = (output.cnn_logits, output.transformer_logits)
-        options = {"direction": c.distill, "temperature": c.temperature, "kappa": c.kappa}
-        options["ignore_index"] = c.ignore_index
-        unlabelled = labels == UNLABELLED
-        given = labels.masked_fill(unlabelled, c.ignore_index)
-        loss = collaborative_loss(*logits, given, **options)
-        transfer = loss.cnn_to_transformer + loss.transformer_to_cnn
-        agreement = torch.zeros_like(transfer)
-        if unlabelled.any():
-            labels = torch.where(unlabelled, self.guess(output, labels), labels)
-            guessed = labels.masked_fill(~unlabelled, c.ignore_index)
-            apart = collaborative_loss(*logits, guessed, **options)
-            agreement = apart.cnn_to_transformer + apart.transformer_to_cnn
+        loss = collaborative_loss(
+            output.cnn_logits,
+            output.transformer_logits,
+            labels,
+            direction=c.distill,
+            temperature=c.temperature,
+            kappa=c.kappa,
+            ignore_index=c.ignore_index,
+        )
         align, region, decorrelation = self.alignment(output, labels)
-        together = c.alpha * align + c.beta * region + c.gamma * (transfer + agreement)
+        transfer = loss.cnn_to_transformer + loss.transformer_to_cnn
+        together = c.alpha * align + c.beta * region + c.gamma * transfer
         supervised = loss.transformer_ce + loss.cnn_ce
         return Losses(
             total=supervised + ramp * together + c.delta * decorrelation,
@@ -505,28 +498,16 @@ class CTCLM(nn.Module):
             region=region,
             decorrelation=decorrelation,
             gate=loss.gate,
-            agreement=agreement,
         )
-
-    @torch.no_grad()
-    def guess(self, output: Output, labels: Tensor) -> Tensor:
-        """The class that the two students together think likeliest, at the labels' size.
-
-        In place of a label it lets the gate ask who is surer of it, and nobody is trained to
-        predict it. It is one class for each logit: that is as fine as a gate needs.
-        """
-        p_c, p_t = (z.float().softmax(1) for z in (output.cnn_logits, output.transformer_logits))
-        likeliest = (p_c + p_t).argmax(1, keepdim=True).float()
-        return F.interpolate(likeliest, labels.shape[1:], mode="nearest")[:, 0].to(labels.dtype)
 
     def alone(self, output: Output, labels: Tensor) -> Losses:
         """The cross entropy of the one student there is; every other term is 0."""
         z = output.cnn_logits if self.transformer is None else output.transformer_logits
-        valid = (labels != self.config.ignore_index) & (labels != UNLABELLED)
+        valid = labels != self.config.ignore_index
         target = labels.long().masked_fill(~valid, 0)
         values = torch.where(valid, cross_entropy(upsample(z, labels), target), 0)
         ce, none = values.sum() / valid.sum().clamp(min=1), values.new_zeros(())
-        losses = Losses(ce, *[none] * 9)
+        losses = Losses(ce, *[none] * 8)
         return losses._replace(**{f"{self.config.students}_ce": ce})
 
     def alignment(self, output: Output, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

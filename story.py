@@ -35,16 +35,15 @@ def columns(output: Output, labels: Tensor, projections: list[tuple[Tensor, Tens
     None where there is no such pixel. labels (B, H, W); projections as CTCLM.shared_space gives.
     """
     K = output.cnn_logits.shape[1]
-    known = labels.long() < K
-    classes = labels.long().where(known, IGNORE)
+    known = labels != IGNORE
     c, t = (
         F.interpolate(z.float(), labels.shape[1:], mode="bilinear").argmax(1)
         for z in (output.cnn_logits, output.transformer_logits)
     )
-    leads = reliability(output.cnn_logits.float(), output.transformer_logits.float(), classes) > 0.5
-    near, middle = (erode(classes, r).to(labels.device) == IGNORE for r in (NEAR, MIDDLE))
+    leads = reliability(output.cnn_logits.float(), output.transformer_logits.float(), labels) > 0.5
+    near, middle = (erode(labels, r).to(labels.device) == IGNORE for r in (NEAR, MIDDLE))
     row = {"agreement": (c == t).float().mean().item(), "cnn_leads": share(leads, known)}
-    row |= {f"cnn_leads_{k}": share(leads, classes == k) for k in range(K)}
+    row |= {f"cnn_leads_{k}": share(leads, labels == k) for k in range(K)}
     row["cnn_leads_near"] = share(leads, known & near)
     row["cnn_leads_middle"] = share(leads, known & middle & ~near)
     row["cnn_leads_far"] = share(leads, known & ~middle)

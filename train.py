@@ -6,7 +6,8 @@
 
 A run writes config.json, log.csv, metrics.json, curves.png, samples.png, story.png (who taught whom
 over training), last.pt (everything that is needed to go on) and best.pt (the Transformer alone, at
-its best validation mIoU: this is what people pass on). Ctrl-C and SIGTERM finish the step, save, and exit.
+its best validation mIoU: this is what people pass on). Ctrl-C and SIGTERM finish the step, save,
+and exit.
 
 The step number is the whole state of the data and there is no randomness in the model, so a resumed
 run ends in the same bits as one that was never stopped.
@@ -22,7 +23,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,7 +38,6 @@ import story
 from ctclm import (
     CTCLM,
     SMALLEST_IMAGE,
-    UNLABELLED,
     Losses,
     ModelConfig,
     ramp_up,
@@ -69,11 +69,12 @@ class Config:
     encoder: Literal["multiscale", "plain", "transformer"] = cli.option(
         "multiscale", "the CNN's blocks; transformer: a second Transformer in its place"
     )
-    students: Literal["both", "transformer", "cnn"] = cli.option("both", "who is there; one alone has nobody to learn from")
+    students: Literal["both", "transformer", "cnn"] = cli.option(
+        "both", "who is there; one alone has nobody to learn from"
+    )
     teacher: Path = cli.option(None, "last.pt of a run whose CNN teaches and stays as it is")
-    labelled: int = cli.option(0, "use the labels of the first so many scenes (0: of all)")
-    labelled_side: int = cli.option(0, "and of these only a square of so many pixels (0: all)")
-    unlabelled: int = cli.option(0, "windows per step from the other scenes, without labels")
+    labelled: int = cli.option(0, "train on the first so many scenes (0: on all)")
+    labelled_side: int = cli.option(0, "and of these only on a square of so many pixels (0: all)")
     validations: int = cli.option(6, "how often to validate")
     out: Path = cli.option(Path("runs/toy"), "the run's folder")
     resume: bool = cli.option(False, "continue the run in --out")
@@ -89,7 +90,7 @@ class Config:
             raise cli.UsageError(f"--crop must be a multiple of 32; got {self.crop}")
         if self.batch * self.crop**2 <= 32**2:  # a single position at stride 32 has no variance
             raise cli.UsageError("--batch 1 needs --crop 64 or more")
-        for name in ("labelled", "labelled_side", "unlabelled", "gamma"):
+        for name in ("labelled", "labelled_side", "gamma"):
             if not getattr(self, name) >= 0:
                 raise cli.UsageError(f"--{name.replace('_', '-')} must be at least 0")
         if self.validations < 1:
@@ -113,9 +114,6 @@ class Config:
 REPORTS, REPORTS_PER_SAVE = 30, 5  # a run has 30 reports and saves 6 times
 
 
-UNLABELLED_RANK = 2**32  # of their windows' generator: no process of a run has it
-
-
 # --- The run ------------------------------------------------------------------------------------
 
 
@@ -127,7 +125,7 @@ class Run:
         self.device = cli.pick_device(config.device)
         self.prepare_folder()
         self.train_set = load(config.data, config.root, "train", config.train_tiles)
-        labelled, unlabelled = split_labels(self.train_set.scenes, config)
+        scenes = few_labels(self.train_set.scenes, config)
         self.val_set = load(config.data, config.root, "val", config.val_tiles)
         for split, dataset in (("train", self.train_set), ("val", self.val_set)):
             labels = [scene.label for scene in dataset.scenes]
@@ -160,12 +158,7 @@ class Run:
                 [self.model.cnn_projectors, self.model.transformer_projectors]
             )
         self.optimizer = make_optimizer(self.model, config.lr)
-        self.windows = Windows(labelled, config.crop, config.batch, seed=config.seed)
-        if config.unlabelled:
-            others = Windows(
-                unlabelled, config.crop, config.unlabelled, seed=config.seed, rank=UNLABELLED_RANK
-            )
-            self.windows = Mixed(self.windows, others)
+        self.windows = Windows(scenes, config.crop, config.batch, seed=config.seed)
         bf16 = config.precision == "bf16" or (
             config.precision == "auto" and self.device.type == "cuda"
         )
@@ -420,30 +413,16 @@ class StopSignal:
         print("\nfinishing this step, then saving (once more to quit at once)", file=sys.stderr)
 
 
-# --- Labels of some scenes only ---
+# --- Parts --------------------------------------------------------------------------------------
 
 
-class Mixed(NamedTuple):
-    """Windows of labelled scenes, then windows of others whose labels nobody sees."""
-
-    labelled: Windows
-    others: Windows
-
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        images, labels = self.labelled.batch(step)
-        more_images, more_labels = self.others.batch(step)
-        more_labels = np.where(more_labels == IGNORE, IGNORE, np.uint8(UNLABELLED))
-        return np.concatenate([images, more_images]), np.concatenate([labels, more_labels])
-
-
-def split_labels(scenes: list[Scene], config: Config) -> tuple[list[Scene], list[Scene]]:
-    """The scenes whose labels are used, cut to a square in the middle if asked, and the others."""
-    count = config.labelled or len(scenes)
-    if count > len(scenes):
-        raise cli.UsageError(f"--labelled {count}, but there are {len(scenes)} training scenes")
-    if config.unlabelled and count == len(scenes):
-        raise cli.UsageError("--unlabelled needs --labelled: every scene is a labelled one")
-    return [middle(scene, config.labelled_side) for scene in scenes[:count]], scenes[count:]
+def few_labels(scenes: list[Scene], config: Config) -> list[Scene]:
+    """The first scenes, cut to a square in the middle of each if asked."""
+    if config.labelled > len(scenes):
+        raise cli.UsageError(
+            f"--labelled {config.labelled}, but there are {len(scenes)} training scenes"
+        )
+    return [middle(scene, config.labelled_side) for scene in scenes[: config.labelled or None]]
 
 
 def middle(scene: Scene, side: int) -> Scene:
@@ -453,9 +432,6 @@ def middle(scene: Scene, side: int) -> Scene:
     top, left = (max(0, (length - side) // 2) for length in scene.label.shape)
     area = np.s_[top : top + side, left : left + side]
     return scene._replace(image=scene.image[area], label=scene.label[area])
-
-
-# --- Parts --------------------------------------------------------------------------------------
 
 
 def load_teacher(model: CTCLM, path: Path) -> None:

@@ -30,7 +30,7 @@ def small(tmp_path, write_folder):
 
     def config(**options):
         settings = {"data": "folder", "root": root, "steps": 2, "batch": 2, "crop": 32, "seeds": 1}
-        settings |= {"labelled": 1, "labelled_side": 0, "unlabelled": 1, "device": "cpu"}
+        settings |= {"labelled": 1, "labelled_side": 0, "device": "cpu"}
         settings |= {"results": tmp_path / "results", "out": tmp_path / "runs"}
         return ablation.Config(**settings | options)
 
@@ -56,9 +56,8 @@ def test_equal_data_and_equal_initial_transformer_weights_in_every_arm(small, tm
         run = train.Run(replace(cell, out=tmp_path / "fresh" / name))
         images, labels = run.windows.batch(5)
         weights = run.model.transformer.state_dict() if run.model.transformer else None
-        first = first or (images[:2], labels[:2], weights)
-        assert np.array_equal(images[:2], first[0]) and np.array_equal(labels[:2], first[1]), name
-        assert (images.shape[0] == 3) == ablation.ARMS[name].unlabelled, name
+        first = first or (images, labels, weights)
+        assert np.array_equal(images, first[0]) and np.array_equal(labels, first[1]), name
         for key in weights or ():
             assert torch.equal(weights[key], first[2][key]), (name, key)
 
@@ -72,7 +71,7 @@ def test_each_arm_is_what_it_says(small):
         saved = ablation.cell_config(config, name, 0, ratio).saved()
         return {key: value for key, value in saved.items() if value != full[key]}
 
-    alone = {"students": "transformer", "distill": "none", "align": "off", "unlabelled": 0}
+    alone = {"students": "transformer", "distill": "none", "align": "off"}
     assert full["distill"] == "selective" and full["align"] == "on" and full["teacher"] is None
     assert changed("transformer") == alone
     assert changed("equal-time", 2.5) == alone | {"steps": 5}
@@ -95,7 +94,7 @@ def test_each_arm_is_what_it_says(small):
 def test_a_table_goes_on_where_it_stopped(small, program, capsys, monkeypatch):
     config = small()
     arguments = ["--data", "folder", "--root", config.root, "--steps", 2, "--batch", 2]
-    arguments += ["--crop", 32, "--labelled", 1, "--unlabelled", 1, "--device", "cpu"]
+    arguments += ["--crop", 32, "--labelled", 1, "--device", "cpu"]
     arguments += ["--labelled-side", 0, "--results", config.results, "--out", config.out]
     arms = ["--arms", "transformer", "frozen", "full"]
     assert program(ablation.main, ERRORS, *arguments, *arms, "--seeds", 1) == (0, "")
@@ -163,7 +162,7 @@ def test_an_interrupted_table_saves_its_runs(small, to_a_run):
     config = small()
     ablation.prepare(replace(config, steps=100_000))
     arguments = ["--data", "folder", "--root", config.root, "--steps", 100_000, "--batch", 2]
-    arguments += ["--crop", 32, "--labelled", 1, "--unlabelled", 1, "--device", "cpu", "--jobs", 2]
+    arguments += ["--crop", 32, "--labelled", 1, "--device", "cpu", "--jobs", 2]
     arguments += ["--labelled-side", 0, "--arms", "transformer", "full"]
     arguments += ["--results", config.results, "--out", config.out]
     process = subprocess.Popen([sys.executable, "ablation.py", *map(str, arguments)])

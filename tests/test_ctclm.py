@@ -10,7 +10,6 @@ from torch import nn
 import checkpoint
 from ctclm import (
     CTCLM,
-    UNLABELLED,
     VARIANTS,
     Head,
     ModelConfig,
@@ -287,7 +286,7 @@ def test_total_is_the_weighted_sum():
     together = 0.3 * loss.align + 0.7 * loss.region + 1.1 * transfer
     wanted = loss.cnn_ce + loss.transformer_ce + 0.6 * together + 0.2 * loss.decorrelation
     torch.testing.assert_close(loss.total, wanted)
-    assert all(term > 0 for term in loss[:-1]) and loss.agreement == 0  # every pixel has a label
+    assert all(term > 0 for term in loss)
 
 
 def test_off_means_off():
@@ -340,7 +339,7 @@ def test_ignored_images_do_not_reach_the_alignment():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-# --- Controls, and windows without labels -------------------------------------------------------
+# --- Controls -----------------------------------------------------------------------------------
 
 
 def test_the_same_transformer_whoever_learns_with_it():
@@ -374,57 +373,13 @@ def test_one_student_alone(one, other):
     assert getattr(alone, other) is None and not alone.cnn_projectors
     getattr(alone, one).load_state_dict(getattr(both, one).state_dict())
     x, y = images(), labels()
-    y[0, :20], y[1, :20] = 255, UNLABELLED
+    y[0, :20] = 255
     wanted = both.objective(both(x), y)
     loss = alone.objective(alone(x), y)
     # Two orders of summation in float32.
     torch.testing.assert_close(loss.total, getattr(wanted, f"{one}_ce"), rtol=1e-5, atol=1e-6)
     assert getattr(loss, f"{one}_ce") == loss.total and getattr(loss, f"{other}_ce") == 0
     assert alone.shared_space(alone(x)) == []
-
-
-def test_unlabelled_pixels_have_no_cross_entropy_but_agreement():
-    model = CTCLM(ModelConfig(variant="tiny", align=False, kappa=0.7))
-    out, y = fake_output(model, True)
-    labelled = model.objective(out, y.clone())
-    y[1] = UNLABELLED
-    loss = model.objective(out, y)
-    first = Output(*[z[:1] for z in out[:2]], *out[2:])
-    wanted = model.objective(first, y[:1])
-    for name in ("cnn_ce", "transformer_ce", "cnn_to_transformer", "transformer_to_cnn"):
-        torch.testing.assert_close(getattr(loss, name), getattr(wanted, name))
-    assert loss.agreement > 0 and labelled.agreement == 0
-    torch.testing.assert_close(loss.total, wanted.total + loss.agreement)
-
-
-def test_agreement_is_gated_by_who_is_surer():
-    """Without a label the class both think likeliest stands in for it: the surer one teaches."""
-    model = CTCLM(ModelConfig(variant="tiny", num_classes=2, align=False, kappa=0.01))
-    sure, unsure = (torch.tensor([z, 0.0]).view(1, 2, 1, 1).expand(1, 2, 8, 8) for z in (4, 1))
-    y = torch.full((1, 32, 32), UNLABELLED)
-    for surer, moved in ((0, 1), (1, 0)):
-        pair = [unsure.clone().requires_grad_(), unsure.clone().requires_grad_()]
-        pair[surer] = sure.clone().requires_grad_()
-        model.objective(Output(*pair, None, None), y).total.backward()
-        # The gate is sigmoid(+-0.29 / 0.01): 1 in float32 up to 1e-12.
-        assert pair[moved].grad[:, 0].max() < 0 and pair[surer].grad.abs().max() < 1e-9
-
-
-def test_guess_is_the_likeliest_class_of_both_together():
-    model = CTCLM(ModelConfig(variant="tiny", num_classes=3, align=False))
-    c = torch.tensor([2.0, 1.9, 0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
-    t = torch.tensor([0, 1.9, 2.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
-    guess = model.guess(Output(c, t, None, None), torch.full((1, 8, 8), UNLABELLED))
-    assert guess.shape == (1, 8, 8) and (guess == 1).all()
-
-
-def test_unlabelled_positions_are_aligned():
-    model = CTCLM(ModelConfig(variant="tiny"))
-    out, y = fake_output(model, True)
-    y[:] = UNLABELLED
-    loss = model.objective(out, y)
-    assert loss.transformer_ce == loss.cnn_ce == 0
-    assert loss.align > 0 and loss.region > 0 and loss.agreement > 0
 
 
 def test_autocast_keeps_the_losses_in_float32():

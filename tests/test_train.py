@@ -244,21 +244,6 @@ def test_a_teacher_must_be_a_cnn_of_the_same_size(small, tmp_path):
         train.Run(small(teacher=first.config.out / "last.pt", **options))
 
 
-def test_labels_of_some_scenes_only(small):
-    """Two labelled windows as without the others, then three whose labels nobody sees."""
-    plain, mixed = train.Run(small(labelled=1)), None
-    mixed = train.Run(small(labelled=1, unlabelled=3, out=plain.config.out.parent / "mixed"))
-    images, labels = mixed.windows.batch(4)
-    wanted_images, wanted_labels = plain.windows.batch(4)
-    assert images.shape[0] == labels.shape[0] == 5
-    assert np.array_equal(images[:2], wanted_images)
-    assert np.array_equal(labels[:2], wanted_labels)
-    assert set(np.unique(labels[2:])) <= {train.UNLABELLED, train.IGNORE}
-    assert (labels[2:] == train.UNLABELLED).mean() > 0.9  # the fixture ignores one pixel a scene
-    losses = mixed.train_step(images, labels)
-    assert losses.agreement > 0
-
-
 def test_the_labelled_square_is_in_the_middle(small):
     run_ = train.Run(small(labelled=1, labelled_side=40))
     (scene,) = run_.windows.scenes
@@ -294,7 +279,6 @@ BAD_OPTIONS = {
     "--gamma nan": "--gamma must be at least 0",
     "--validations 0": "--validations must be positive",
     "--labelled 99": "--labelled 99, but there are 24 training scenes",
-    "--unlabelled 2": "--unlabelled needs --labelled",
     "--teacher x.pt": "--teacher, a CNN that does not learn, needs --students both",
 }
 
