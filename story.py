@@ -1,10 +1,10 @@
 """Who teaches whom, and what becomes of the shared space: the statistics that tell the story.
 
     row |= story.columns(output, labels, projections)   # of the last batch before a report
-    pictures.curves(log, story.panels(log, classes))    # story.png
+    pictures.curves(story.smooth(log), story.panels(log, classes))      # story.png
 
-`columns` looks at the windows of one step, so single values are noisy and the curves are what to
-read. Letters: B batch, D shared dimension, H W pixels, K classes.
+`columns` looks at the windows of one step, so single values are noisy; the picture shows means of
+five reports. Letters: B batch, D shared dimension, H W pixels, K classes.
 """
 
 import torch
@@ -70,6 +70,18 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     norms = torch.linalg.norm(x @ x.T) * torch.linalg.norm(y @ y.T)
     return ((x @ y.T).square().sum() / norms.clamp(min=1e-12)).item()
+
+
+def smooth(log: list[dict]) -> list[dict]:
+    """Each value as the mean of up to five reports: its own, two before and two after."""
+    rows = []
+    for i, row in enumerate(log):
+        near = log[max(0, i - 2) : i + 3]
+        rows.append({"step": row["step"]})
+        for key in row.keys() - {"step"}:
+            values = [r[key] for r in near if r[key] is not None]
+            rows[-1][key] = sum(values) / len(values) if values else None
+    return rows
 
 
 def panels(log: list[dict], classes) -> dict[str, list[pictures.Line]]:

@@ -360,7 +360,7 @@ class Run:
         pictures.curves(self.log, panels(self.log)).save(out / "curves.png")
         if self.config.students == "both":
             story_panels = story.panels(self.log, self.val_set.classes)
-            pictures.curves(self.log, story_panels).save(out / "story.png")
+            pictures.curves(story.smooth(self.log), story_panels).save(out / "story.png")
             if rows := self.samples():
                 pictures.samples(rows, self.val_set.classes).save(out / "samples.png")
 

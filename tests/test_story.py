@@ -75,6 +75,15 @@ def test_cka_by_hand():
     assert story.linear_cka(x.view(1, 1, 1, 2), torch.ones(1, 1, 1, 2)) == 0
 
 
+def test_smooth_by_hand():
+    log = [{"step": s, "a": float(s), "b": None if s == 2 else 1.0} for s in (1, 2, 3, 4)]
+    rows = story.smooth(log)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["a"] for row in rows] == [2, 2.5, 2.5, 3]
+    assert all(row["b"] == 1 for row in rows)
+    assert story.smooth([{"step": 1, "b": None}]) == [{"step": 1, "b": None}]
+
+
 def test_picture():
     labels = torch.randint(0, 6, (2, 64, 64))
     log = []
