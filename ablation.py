@@ -34,8 +34,8 @@ import cli
 import pictures
 import train
 from data import DATA_SETS, DataError, Dataset, load
-from infer import predict_classes
 from metrics import erode
+from scenes import predict_classes
 
 
 class Arm(NamedTuple):
@@ -124,7 +124,8 @@ def cell_config(config: Config, name: str, seed: int, ratio: float) -> train.Con
         shared["lr"] *= 1.0001
     if name == "frozen":
         shared["teacher"] = config.out / "cnn" / str(seed) / "last.pt"
-    return train.Config(**shared | arm.options, validations=1, out=config.out / name / str(seed))
+    folders = {"out": config.out / name / str(seed), "cache": config.out / "cache"}
+    return train.Config(**shared | arm.options | folders, validations=1)
 
 
 def run_cell(config: Config, name: str, seed: int, ratio: float, threads: int) -> dict:
@@ -171,9 +172,9 @@ class redirected:
 
 def test_set(config: Config) -> Dataset:
     """The test split, or val where a folder has none: no model is selected on either."""
-    if config.data == "folder" and not (config.root / "test").is_dir():
-        return load(config.data, config.root, "val")
-    return load(config.data, config.root, "test")
+    no_test = config.data == "folder" and not (config.root / "test").is_dir()
+    split = "val" if no_test else "test"
+    return load(config.data, config.root, split, cache=config.out / "cache")
 
 
 def step_times(config: Config) -> float:

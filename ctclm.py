@@ -59,7 +59,8 @@ KEY_REDUCTION = (8, 4, 2, 1)  # stride of the keys' convolution: M = N / r^2
 class Normalise(nn.Module):
     """Images 0..255 -> about zero mean and unit variance, inside the model so nobody can forget.
 
-    ImageNet's statistics for red, green and blue; further bands (infrared) take their mean.
+    ImageNet's statistics for red, green and blue, as in every peer also where infrared comes first
+    (IRRG); a fourth band (infrared) takes their mean.
     """
 
     def __init__(self, in_channels: int):

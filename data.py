@@ -1,428 +1,188 @@
-"""Aerial data sets as their publishers unpack them: found, decoded, cut into random windows.
+"""Aerial data sets as their publishers unpack them: found, checked, decoded once.
 
-    dataset = load("potsdam", root="/data/potsdam", split="train")
-    windows = Windows(dataset.scenes, crop=512, batch=8, seed=0)
-    images, labels = windows.batch(step)        # (B, C, crop, crop) uint8, (B, crop, crop) uint8
+    dataset = load("potsdam", root="/data/potsdam", split="train", cache="/data/cache")
+    scene = dataset.scenes[0]
+    scene.image[0:512, 0:512]                   # (512, 512, C) uint8, read from a memory map
 
-`toy` needs no files; `potsdam` and `loveda` read the publishers' folders; `folder` anyone's own:
+`toy` needs no files; `potsdam`, `vaihingen` and `loveda` read the publishers' folders (layouts.py);
+`folder` anyone's own:
 
     ROOT/classes.json      {"classes": ["road", ...], "ignore": 255, "colours": [[r, g, b], ...]}
     ROOT/{train,val,test}/images/NAME.{png,jpg,tif}
     ROOT/{train,val,test}/masks/NAME.{png,tif}        one channel, values are class indices
 
-There is no patching step: window k of step s is a pure function of (seed, rank, s, k), so the
-step number is the whole state of the data. Labels are uint8, 255 is ignored, and a colour or an
-index that is not a class is an error or is ignored and reported: it never becomes class 0.
+There is no patching step: windows.py cuts from the maps. Labels are uint8, 255 is ignored, and what
+is no class is an error or is ignored and reported: it never becomes class 0.
 
-Letters: B batch, C channels, H W pixels, K classes.
+    python data.py audit potsdam --root /data/potsdam   # is it fit to train on?
+    python data.py toy --root DIR                       # toy scenes as files, in Potsdam's layout
+
+Letters: H W pixels, C channels, K classes.
 """
 
-import colorsys
-import json
-import re
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+import audit
 import cli
 import toy
-
-IGNORE = 255
-Image.MAX_IMAGE_PIXELS = 500_000_000  # a 22,000 x 22,000 scene; Pillow refuses twice as many
-
-
-class DataError(ValueError):
-    """Something is wrong with the data; the message says what, where, and what to do."""
-
-
-class Classes(NamedTuple):
-    names: tuple[str, ...]
-    colours: tuple[tuple[int, int, int], ...]  # red, green, blue
-    clutter: int | None = None  # the class that some protocols leave out of the mean
+from cache import Cache, Map
+from labels import MAX_UNKNOWN, ROWS, UNKNOWN, LabelReader, count_cells, encode_colours
+from layouts import BANDS, IGNORE, POTSDAM, POTSDAM_TILES, SPLITS, Classes, Found, find
+from raster import DataError, open_rows
 
 
 class Scene(NamedTuple):
     name: str
-    image: np.ndarray  # (H, W, C) uint8
-    label: np.ndarray | None  # (H, W) uint8, 0..K-1 or IGNORE
-    eroded: np.ndarray | None = None  # the publisher's label without boundaries, where there is one
+    image: np.ndarray | Map  # (H, W, C) uint8
+    label: np.ndarray | Map | None  # (H, W) uint8, 0..K-1 or IGNORE
+    eroded: np.ndarray | Map | None = None  # without boundaries; `label` itself if that is so too
     path: Path | None = None  # the image's file
     domain: str = ""  # LoveDA: "urban" or "rural"
+    cells: np.ndarray | None = None  # pixels of each class in squares of labels.CELL, (., ., K)
 
 
 class Dataset(NamedTuple):
     classes: Classes
     scenes: list[Scene]
     notes: list[str]  # what the user should know about what was found
+    bands: str = "rgb"  # of the images: one of BANDS
 
-
-# --- The data sets ------------------------------------------------------------------------------
-
-POTSDAM = Classes(
-    ("impervious", "building", "low vegetation", "tree", "car", "clutter"),
-    ((255, 255, 255), (0, 0, 255), (0, 255, 255), (0, 255, 0), (255, 255, 0), (255, 0, 0)),
-    clutter=5,
-)
-# ISPRS 2D Semantic Labeling Contest, Potsdam: 24 tiles came with labels, 14 were the test set.
-# 7_10 has wrong annotations and is left out (as GeoSeg does). The publisher gives no validation
-# set; we chose one tile of each of four rows, so that models are never selected on test.
-POTSDAM_TILES = {
-    "train": "2_10 2_12 3_10 3_11 4_11 4_12 5_10 5_11 6_7 6_8 6_9 6_10 6_11 7_7 7_9 7_11 7_12",
-    "val": "2_11 3_12 4_10 5_12 6_12 7_8",
-    "test": "2_13 2_14 3_13 3_14 4_13 4_14 4_15 5_13 5_14 5_15 6_13 6_14 6_15 7_13",
-}
-POTSDAM_IMAGE = re.compile(r"top_potsdam_(\d+_\d+)_RGB\.tif")
-POTSDAM_LABEL = re.compile(r"top_potsdam_(\d+_\d+)_label(_noBoundary)?\.tif")
-
-LOVEDA = Classes(
-    ("background", "building", "road", "water", "barren", "forest", "agriculture"),
-    (
-        (255, 255, 255),
-        (255, 0, 0),
-        (255, 255, 0),
-        (0, 0, 255),
-        (159, 129, 183),
-        (0, 255, 0),
-        (255, 195, 128),
-    ),
-)
 
 # Scene seeds of the toy splits: far apart, so that no split can grow into another.
 TOY_SCENES = {"train": range(0, 24), "val": range(1000, 1006), "test": range(2000, 2012)}
 
-DATA_SETS = ("toy", "potsdam", "loveda", "folder")
-SPLITS = ("train", "val", "test")
+DATA_SETS = ("toy", "potsdam", "vaihingen", "loveda", "folder")
 
 
-def load(data: str, root: Path | None = None, split: str = "train", tiles=()) -> Dataset:
-    """All scenes of one split, decoded. `tiles` names the scenes to take instead of the split's.
+def load(
+    data: str,
+    root: Path | None = None,
+    split: str = "train",
+    tiles=(),
+    *,
+    cache: Path | None = None,
+    bands: str | None = None,
+    max_unknown: float | None = None,
+) -> Dataset:
+    """All scenes of one split. `tiles` names the scenes to take instead of the split's.
+
+    With a folder `cache`, arrays are decoded into it once and are Maps; without, they are decoded
+    into memory. `bands` asks for one of BANDS where the publisher has several. `max_unknown` is the
+    share of a label's pixels whose colour may be of no class (None: MAX_UNKNOWN); they are ignored.
 
     Raises DataError when anything is missing, damaged, or would be misread.
     """
     if data == "toy":
-        if root is not None or tiles:
-            raise DataError("--data toy is made, not read: it takes no --root and no tiles")
+        if root is not None or tiles or bands not in (None, "rgb"):
+            raise DataError("--data toy is made, not read: it takes no --root, no tiles, no bands")
         return load_toy(split)
     if root is None:
         raise DataError(f"--data {data} needs --root, the folder that holds it")
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder (--root must be where {data} was unpacked)")
-    return {"potsdam": load_potsdam, "loveda": load_loveda, "folder": load_folder}[data](
-        root, split, tuple(tiles)
-    )
+    found = find(data, root, split, tiles, bands)
+    if found.faults:
+        more = len(found.faults) - 1
+        hint = f" (and {more} more: python data.py audit lists them)" if more else ""
+        raise DataError(found.faults[0] + hint)
+    max_unknown = MAX_UNKNOWN if max_unknown is None else max_unknown
+    store = Cache(cache) if cache is not None else None
+    scenes, notes = [], found.gaps + found.notes
+    with cli.Progress(f"decoding the {split} split") as progress:
+        for index, tile in enumerate(found.tiles):
+            image = load_image(tile.image, store)
+            label, cells = load_label(tile.label, image, tile, found, store, max_unknown, notes)
+            eroded = label if tile.eroded == tile.label else None
+            if eroded is None and split != "train":  # eroded labels are for scores only
+                eroded, _ = load_label(tile.eroded, image, tile, found, store, max_unknown, notes)
+            scene = Scene(tile.name, image, label, eroded, tile.image, tile.domain, cells)
+            scenes.append(scene)
+            progress((index + 1) / len(found.tiles))
+    return Dataset(found.classes, scenes, notes, same_bands(scenes, found, bands))
 
 
 def load_toy(split: str) -> Dataset:
-    scenes = [Scene(f"toy_{seed}", *toy.scene(seed)) for seed in TOY_SCENES[split]]
+    K, scenes = len(POTSDAM.names), []
+    for seed in TOY_SCENES[split]:
+        image, label = toy.scene(seed)
+        scenes.append(Scene(f"toy_{seed}", image, label, cells=count_cells(label, K)[..., :K]))
     return Dataset(POTSDAM, scenes, [])
 
 
-def load_potsdam(root: Path, split: str, tiles: tuple[str, ...]) -> Dataset:
-    """Tiles by the pattern of their base name, wherever in `root` they are."""
-    images, full, eroded, notes = {}, {}, {}, []
-    for path in sorted(root.rglob("top_potsdam_*.tif")):
-        if match := POTSDAM_IMAGE.fullmatch(path.name):
-            images[match[1]] = path
-        elif match := POTSDAM_LABEL.fullmatch(path.name):
-            (eroded if match[2] else full)[match[1]] = path
-    if not images:
-        raise DataError(f"{root}: holds no top_potsdam_ROW_COLUMN_RGB.tif")
-    wanted = tiles or tuple(POTSDAM_TILES[split].split())
-    found = [tile for tile in wanted if tile in images]
-    missing = [tile for tile in wanted if tile not in images]
-    if tiles and missing:
-        raise DataError(f"{root}: no image of tile {', '.join(missing)}")
-    if not found:
-        raise DataError(f"{root}: none of the {split} tiles is here ({', '.join(missing)})")
-    if missing:
-        notes.append(f"{len(missing)} of the {split} tiles are not there: {', '.join(missing)}")
-    scenes = []
-    for tile in found:
-        path = full.get(tile) or eroded.get(tile)
-        if path is None:
-            raise DataError(f"{images[tile]}: there is no label of tile {tile} in {root}")
-        if path == eroded.get(tile):
-            notes.append(f"tile {tile}: only the label with eroded boundaries is there, using it")
-        image, label = read_image(images[tile]), read_image(path)
-        label, unknown = decode_colours(label, POTSDAM.colours)
-        if unknown:
-            notes.append(f"{path}: {unknown} pixels have a colour of no class; they are ignored")
-        scenes.append(checked_scene(tile, image, label, images[tile], path, POTSDAM))
-    return Dataset(POTSDAM, scenes, notes)
+# --- Files -> arrays -----------------------------------------------------------------------------
 
 
-def load_loveda(root: Path, split: str, tiles: tuple[str, ...]) -> Dataset:
-    """{Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}/N.png; mask 0 no-data, 1..7 classes."""
-    base = root / split.capitalize()
-    paths = sorted(base.glob("*/images_png/*.png"), key=lambda p: (p.parts[-3], len(p.stem), p))
-    if not paths:
-        raise DataError(f"{base}: holds no Urban/images_png/N.png or Rural/images_png/N.png")
-    scenes = []
-    for path in select(paths, tiles, root):
-        mask = path.parent.parent / "masks_png" / path.name
-        if split == "test":
-            scenes.append(Scene(path.stem, read_image(path), None))
-            continue
-        label = read_indices(mask if mask.exists() else missing_mask(path, mask))
-        name = f"{path.parts[-3]}_{path.stem}"
-        image = read_image(path)
-        scenes.append(checked_scene(name, image, label, path, mask, LOVEDA, ignore=0, first=1))
-    return Dataset(LOVEDA, scenes, [])
+def load_image(path: Path, store: Cache | None) -> np.ndarray | Map:
+    """(H, W, C) uint8, decoded at most once if there is a cache."""
+    name = store and store.name(path, "image")
+    if store and (image := store.find(name)) is not None:
+        return image
+    rows = open_rows(path)
+    return kept(store, name, rows.shape, np.uint8, row_blocks(rows))
 
 
-def load_folder(root: Path, split: str, tiles: tuple[str, ...]) -> Dataset:
-    """Anyone's own data, in the layout of this file's docstring."""
-    classes, ignore = read_classes(root / "classes.json")
-    folder = root / split / "images"
-    endings = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder (the layout is SPLIT/images and SPLIT/masks)")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings)
-    if not paths:
-        raise DataError(f"{folder}: holds no .png, .jpg or .tif image")
-    masks = {path.stem: path for path in sorted((root / split / "masks").glob("*"))}
-    scenes = []
-    for path in select(paths, tiles, folder):
-        mask = masks.get(path.stem) or missing_mask(path, root / split / "masks")
-        label = read_indices(mask)
-        image = read_image(path)
-        scenes.append(checked_scene(path.stem, image, label, path, mask, classes, ignore))
-    return Dataset(classes, scenes, [])
+def load_label(path, image, tile, found: Found, store: Cache | None, max_unknown: float, notes):
+    """The classes (H, W) uint8 of a label file, and how many of each lie in squares of CELL."""
+    if path is None:
+        return None, None
+    K = len(found.classes.names)
+    name = store and store.name(path, repr((found.classes, found.coding, max_unknown)))
+    label, cells = (store.find(f"{name}.{what}") if store else None for what in ("label", "cells"))
+    if label is None or cells is None:
+        reader = LabelReader(path, found.classes, found.coding)
+        check_size(reader.shape, image.shape, path, tile.image)
+        counts = []
+
+        def decoded():
+            for rows in row_blocks(reader):
+                counts.append(count_cells(rows, K))
+                rows[rows == UNKNOWN] = IGNORE
+                yield rows
+            reader.check(max_unknown)  # before the label gets its name
+
+        label = kept(store, f"{name}.label", reader.shape, np.uint8, decoded())
+        cells = np.concatenate(counts)
+        cells = kept(store, f"{name}.cells", cells.shape, cells.dtype, [cells])
+    check_size(label.shape, image.shape, path, tile.image)
+    if unknown := cells[..., K].sum():
+        notes.append(f"{path}: {unknown} pixels have a colour of no class; they are ignored")
+    return label, np.array(cells[..., :K])
 
 
-def select(paths: list[Path], tiles: tuple[str, ...], where: Path) -> list[Path]:
-    """The paths whose stem is in `tiles`; all when there are no tiles."""
-    if unknown := set(tiles) - {path.stem for path in paths}:
-        raise DataError(f"{where}: no image named {', '.join(sorted(unknown))}")
-    return [path for path in paths if not tiles or path.stem in tiles]
+def row_blocks(source):
+    """All rows of an image or label, ROWS at a time: decoding needs the memory of a band."""
+    for top in range(0, source.shape[0], ROWS):
+        yield source.read(top, min(top + ROWS, source.shape[0]))
 
 
-def missing_mask(image: Path, expected: Path):
-    raise DataError(f"{image}: has no mask (looked for it in {expected})")
+def kept(store: Cache | None, name: str, shape, dtype, blocks) -> np.ndarray | Map:
+    return store.keep(name, shape, dtype, blocks) if store else np.concatenate([*blocks])
 
 
-def read_classes(path: Path) -> tuple[Classes, int]:
-    """classes.json -> the classes and the mask value to ignore."""
-    try:
-        entry = json.loads(path.read_text())
-        names = tuple(str(name) for name in entry["classes"])
-        ignore = int(entry.get("ignore", IGNORE))
-        colours = entry.get("colours", entry.get("colors")) or distinct_colours(len(names))
-        colours = tuple((int(r), int(g), int(b)) for r, g, b in colours)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; it names the classes of --data folder") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+def check_size(label, image, label_path: Path, image_path: Path) -> None:
+    if label != image[:2]:
         raise DataError(
-            f'{path}: must look like {{"classes": ["road", ...], "ignore": 255}} ({error!r})'
-        ) from None
-    if not 1 <= len(names) < IGNORE or len(colours) != len(names):
-        raise DataError(f"{path}: {len(names)} classes with {len(colours)} colours")
-    return Classes(names, colours), ignore
-
-
-def distinct_colours(count: int) -> list[tuple[int, int, int]]:
-    """Hues a golden ratio apart, so that any number of them stay different."""
-    hues = [(0.6180339887 * i) % 1 for i in range(count)]
-    return [tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue, 0.75, 0.9)) for hue in hues]
-
-
-# --- Files -> arrays ----------------------------------------------------------------------------
-
-
-def open_image(path: Path) -> Image.Image:
-    """A fully decoded image, refused when Pillow would silently lose bits or bands."""
-    try:
-        image = Image.open(path, formats=("PNG", "JPEG", "TIFF"))
-        bits, bands = 8, len(image.getbands())
-        if image.format == "TIFF":
-            bits, bands = max(image.tag_v2.get(258, (1,))), image.tag_v2.get(277, 1)
-        elif "16" in str(image.tile):  # the decoder's name, as in RGB;16B
-            bits = 16
-        if bits > 8:
-            raise DataError(f"{path}: has {bits} bits per band; convert it to 8 bits first")
-        if bands != len(image.getbands()):
-            raise DataError(f"{path}: has {bands} bands, of which only {image.mode} can be read")
-        image.load()  # open() does not look at the pixels: a truncated file only fails here
-    except UnidentifiedImageError:
-        raise DataError(f"{path}: is not a PNG, JPEG or TIFF image that can be read") from None
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such image") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: is a folder, not an image") from None
-    except Image.DecompressionBombError:
-        raise DataError(f"{path}: is larger than {2 * Image.MAX_IMAGE_PIXELS:,} pixels") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: is damaged ({error})") from None
-    return image
-
-
-def read_image(path: Path) -> np.ndarray:
-    """Three bands of eight bits, (H, W, 3) uint8."""
-    image = open_image(path)
-    if image.mode != "RGB":
-        raise DataError(f"{path}: is {image.mode}, not RGB; convert it to three bands of 8 bits")
-    return np.asarray(image)
-
-
-def read_indices(path: Path) -> np.ndarray:
-    """One band whose values are class indices (grey or palette), (H, W) uint8."""
-    mask = open_image(path)
-    if mask.mode not in ("L", "P"):
-        raise DataError(f"{path}: is {mask.mode}; a mask has one band, its values class indices")
-    return np.asarray(mask)
-
-
-def decode_colours(rgb: np.ndarray, colours) -> tuple[np.ndarray, int]:
-    """Label colours (H, W, 3) -> classes (H, W), and how many pixels have a colour of no class.
-
-    Every ISPRS colour is a corner of the RGB cube, so thresholding each band at 127 decodes also
-    the tiles damaged by lossy compression (4_12) or painted 252 for 255 (6_7). Black is the eroded
-    boundary: ignored, and not counted.
-    """
-    corner = np.array([4, 2, 1], np.uint8)
-    table = np.full(8, IGNORE - 1, np.uint8)  # a corner that is no class
-    table[0] = IGNORE
-    for index, colour in enumerate(colours):
-        table[(np.array(colour) > 127) @ corner] = index
-    label = table[(rgb > 127) @ corner]
-    unknown = label == IGNORE - 1
-    label[unknown] = IGNORE
-    return label, int(unknown.sum())
-
-
-def checked_scene(
-    name, image, label, image_path, label_path, classes, ignore=IGNORE, first=0
-) -> Scene:
-    """The scene, if image and label fit each other and every label is a class or `ignore`.
-
-    `first` is the file's value for class 0; `ignore` its value for what does not count.
-    """
-    if image.shape[:2] != label.shape:
-        size, image_size = (f"{array.shape[1]} x {array.shape[0]}" for array in (label, image))
-        raise DataError(f"{label_path}: is {size} pixels, but its image {image_path} {image_size}")
-    last = first + len(classes.names) - 1
-    counts = label != ignore
-    wrong = label[counts & ((label < first) | (label > last))]
-    if wrong.size:
-        raise DataError(
-            f"{label_path}: has the value {wrong[0]} at {wrong.size} pixels, but the "
-            f"{len(classes.names)} classes are {first}..{last} and {ignore} is ignored"
+            f"{label_path}: is {label[1]} x {label[0]} pixels, but its image {image_path} "
+            f"{image[1]} x {image[0]}"
         )
-    return Scene(name, image, np.where(counts, label - np.uint8(first), np.uint8(IGNORE)))
 
 
-# --- Random windows -----------------------------------------------------------------------------
-
-
-@dataclass
-class Windows:
-    """Augmented training windows. `batch(step)` is a pure function of (seed, rank, step)."""
-
-    scenes: list[Scene]
-    crop: int  # side of a window in pixels
-    batch_size: int
-    seed: int = 0
-    rank: int = 0
-
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """images (B, C, crop, crop) uint8, labels (B, crop, crop) uint8."""
-        images, labels = zip(*(self.window(step, k) for k in range(self.batch_size)), strict=True)
-        return np.stack(images).transpose(0, 3, 1, 2), np.stack(labels)
-
-    def window(self, step: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Window k of `step`: a scene by its area, a place, a scale, an orientation, a light."""
-        # A counter-based generator: (seed, rank) is the key, (k, step) the counter's upper words.
-        bits = np.random.Philox(key=[self.seed, self.rank], counter=[0, 0, k, step])
-        rng = np.random.Generator(bits)
-        areas = np.array([scene.label.size for scene in self.scenes], float)
-        scene = self.scenes[rng.choice(len(areas), p=areas / areas.sum())]
-        side = round(self.crop / rng.uniform(0.5, 1.5))  # in the scene's pixels
-        image, label = cut(scene, side, rng)
-        image, label = resize(image, label, self.crop)
-        image, label = turn(image, label, quarter=rng.integers(4), flip=rng.integers(2))
-        return change_light(image, rng), label
-
-
-def cut(scene: Scene, side: int, rng) -> tuple[np.ndarray, np.ndarray]:
-    """A random square; where the scene is smaller, mirrored pixels whose label is ignored."""
-    H, W = scene.label.shape
-    top, left = start(H, side, rng), start(W, side, rng)
-    area = np.s_[top : top + side, left : left + side]
-    image, label = scene.image[area], scene.label[area]
-    if label.shape != (side, side):
-        below, right = side - label.shape[0], side - label.shape[1]
-        image = np.pad(image, ((0, below), (0, right), (0, 0)), "symmetric")
-        label = np.pad(label, ((0, below), (0, right)), constant_values=IGNORE)
-    return image, label
-
-
-def start(length: int, side: int, rng) -> int:
-    """Where a window begins on an axis: its centre is anywhere, then it is moved inside.
-
-    Windows that start anywhere inside would hardly ever show a scene's margin: in a scene of 512
-    pixels and windows of 256, the outermost pixel in one of 257, a pixel of the middle always.
-    """
-    return int(np.clip(rng.integers(length) - side // 2, 0, max(length - side, 0)))
-
-
-def resize(image: np.ndarray, label: np.ndarray, crop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Both to (crop, crop): the image bilinearly, the label by nearest neighbour."""
-    if label.shape != (crop, crop):
-        image = Image.fromarray(image).resize((crop, crop), Image.Resampling.BILINEAR)
-        label = Image.fromarray(label).resize((crop, crop), Image.Resampling.NEAREST)
-    return np.asarray(image), np.asarray(label)
-
-
-def turn(image, label, quarter: int, flip: int) -> tuple[np.ndarray, np.ndarray]:
-    """One of the eight orientations; seen from above none is more likely than another."""
-    image, label = np.rot90(image, quarter), np.rot90(label, quarter)
-    return (image[:, ::-1], label[:, ::-1]) if flip else (image, label)
-
-
-def change_light(image: np.ndarray, rng) -> np.ndarray:
-    """Contrast about each band's own mean, exposure and a colour cast, as one table per band.
-
-    About a fixed mid-grey, the contrast of a dark scene would change its brightness and hue by more
-    than what tells its classes apart.
-    """
-    bands = image.shape[2]
-    mean = image.mean(axis=(0, 1))
-    contrast = rng.uniform(0.8, 1.25)
-    exposure = rng.uniform(0.9, 1.1) * rng.uniform(0.98, 1.02, bands)
-    table = ((np.arange(256)[:, None] - mean) * contrast + mean) * exposure  # (256, C)
-    table = table.clip(0, 255).astype(np.uint8)
-    return np.stack([table[image[..., band], band] for band in range(bands)], axis=-1)
-
-
-def prefetch(windows: Windows, steps: range):
-    """Yield (step, images, labels, seconds waited), the next batch being made meanwhile."""
-    with ThreadPoolExecutor(1, "windows") as executor:
-        upcoming = executor.submit(windows.batch, steps.start) if steps else None
-        for step in steps:
-            begin = time.perf_counter()
-            images, labels = upcoming.result()
-            waited = time.perf_counter() - begin
-            if step + 1 < steps.stop:
-                upcoming = executor.submit(windows.batch, step + 1)
-            yield step, images, labels, waited
+def same_bands(scenes: list[Scene], found: Found, asked: str | None) -> str:
+    """What the bands of all images are; DataError where they are not the same, or not those."""
+    if asked and found.bands not in ("", asked):
+        raise DataError(f"there are no {asked} images in this data set, only {found.bands}")
+    bands = asked or found.bands or {3: "rgb", 4: "rgbir"}[scenes[0].image.shape[2]]
+    for scene in scenes:
+        C = scene.image.shape[2]
+        if C != BANDS[bands]:
+            raise DataError(f"{scene.path}: has {C} bands, but {bands} has {BANDS[bands]}")
+    return bands
 
 
 # --- python data.py -----------------------------------------------------------------------------
-
-
-def encode_colours(label: np.ndarray, colours) -> np.ndarray:
-    """Classes (H, W) -> colours (H, W, 3); IGNORE becomes black."""
-    table = np.zeros((256, 3), np.uint8)
-    table[: len(colours)] = colours
-    return table[label]
 
 
 def write_toy(root: Path, scenes_per_split: int = 3) -> None:
@@ -441,12 +201,35 @@ def write_toy(root: Path, scenes_per_split: int = 3) -> None:
 
 @dataclass
 class Config:
-    command: Literal["toy"] = cli.option("toy", "write toy scenes as files", positional=True)
-    root: Path = cli.option(Path("toy"), "the folder to write to")
+    command: Literal["audit", "toy"] = cli.option(None, "what to do", positional=True)
+    data: tuple[str, ...] = cli.option((), "audit: the data set", positional=True)
+    root: Path = cli.option(None, "the folder to read, or for toy to write to")
+    split: Literal["all", *SPLITS] = cli.option("all", "audit this split only")
+    tiles: tuple[str, ...] = cli.option((), "audit these tiles only, by name")
+    bands: Literal["auto", *BANDS] = cli.option("auto", "where the publisher has several")
+    max_unknown: float = cli.option(MAX_UNKNOWN, "share of a label whose colour may be no class")
+
+    def __post_init__(self):
+        audited = [name for name in DATA_SETS if name != "toy"]
+        if self.command == "audit" and (len(self.data) != 1 or self.data[0] not in audited):
+            raise cli.UsageError(f"say what to audit: python data.py audit {' | '.join(audited)}")
+        if self.command == "toy" and self.data:
+            raise cli.UsageError("python data.py toy takes nothing but --root")
+        if self.root is None:
+            raise cli.UsageError(f"python data.py {self.command} needs --root, a folder")
+        if not 0 <= self.max_unknown <= 1:
+            raise cli.UsageError(f"--max-unknown is a share, 0 to 1; got {self.max_unknown}")
+        if self.tiles and self.split == "all":
+            raise cli.UsageError("--tiles needs --split, the split to which they belong")
 
 
-def main(arguments: list[str]) -> None:
-    config = cli.parse(Config, arguments, "Write toy scenes in the layout of ISPRS Potsdam.")
+def main(arguments: list[str]) -> int | None:
+    config = cli.parse(Config, arguments, __doc__.partition("\n")[0])
+    if config.command == "audit":
+        splits = SPLITS if config.split == "all" else (config.split,)
+        bands = None if config.bands == "auto" else config.bands
+        options = {"tiles": config.tiles, "bands": bands, "max_unknown": config.max_unknown}
+        return audit.report(audit.examine(config.data[0], config.root, splits, **options))
     write_toy(config.root)
     print(f"python train.py --data potsdam --root {config.root}")
 

@@ -1,235 +1,268 @@
 """Map whole images with the deployed Transformer, or score it on a data set.
 
-    python infer.py runs/demo/best.pt scene.tif --out maps           # class map and overlay
-    python infer.py runs/demo/best.pt --data toy --split test        # scores
+    python infer.py runs/demo/best.pt scene.tif --out maps                  # class map and overlay
+    python infer.py runs/demo/best.pt --data toy --split test               # scores
+    python infer.py runs/p/best.pt --data potsdam --root DIR --split test --protocol all
+    python infer.py runs/l/best.pt --data loveda --root DIR --submission loveda.zip
 
-An image of any size is cut into overlapping windows. Each axis has weights that rise and fall
-linearly across an overlap and add up to exactly 1 at every pixel, so blending needs no second pass:
-`predict` walks down the scene and yields each band of rows as soon as nothing can change it, and
-the memory it needs depends on the width of the scene and not on its height.
+A scene streams through: its rows are read, seen, written and forgotten, so that memory depends on
+its width and not on its height. The map of a TIFF is a TIFF at the same place on the ground.
 
-Letters: B batch, C channels, H W pixels, K classes.
+Letters: H W pixels, K classes.
 """
 
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 import cli
-import metrics
 import pictures
 from checkpoint import CheckpointError
 from ctclm import load_transformer
-from data import DATA_SETS, Classes, DataError, Dataset, load, read_image
-
-STRIDE = 32  # of the deepest stage: tiles are mirrored up to a multiple, their logits cut back
-
-
-# --- Windows over a scene -----------------------------------------------------------------------
-
-
-def axis_windows(length: int, window: int, overlap: float) -> tuple[list[int], np.ndarray]:
-    """Where windows start along an axis, and their weights (number of windows, length).
-
-    Neighbours share at least `overlap` of a window; the last one is moved back to the edge. The
-    weights are >= 0, 0 outside the window, and sum to 1 at every pixel.
-    """
-    window = min(window, length)
-    step = max(1, round(window * (1 - overlap)))
-    starts = [*range(0, length - window, step), length - window]
-    weights = np.zeros((len(starts), length))
-    ramp = np.minimum(np.arange(1, window + 1), np.arange(window, 0, -1))
-    ramp = np.minimum(ramp, max(1, window - step))  # flat where no neighbour reaches
-    for row, start in zip(weights, starts, strict=True):
-        row[start : start + window] = ramp
-    return starts, weights / weights.sum(axis=0)
-
-
-@torch.no_grad()
-def predict(
-    student: Callable[[Tensor], Tensor],
-    image: np.ndarray,
-    window: int = 512,
-    overlap: float = 0.25,
-    device: str | torch.device = "cpu",
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (first row, class probabilities (K, rows, W) float32) from top to bottom.
-
-    image (H, W, C) uint8 of any size; student: images (B, C, H, W) 0..255 -> logits (B, K, ...) at
-    any resolution; window in pixels, overlap as a share of it.
-    """
-    H, W = image.shape[:2]
-    rows, row_weights = axis_windows(H, window, overlap)
-    columns, column_weights = axis_windows(W, window, overlap)
-    height, width = min(window, H), min(window, W)
-    pending = None  # (K, height, W): blended rows from `top` on that later windows still add to
-    for index, top in enumerate(rows):
-        band = None
-        for column, left in enumerate(columns):
-            tile = image[top : top + height, left : left + width]
-            p = probabilities(student, tile, device)  # (K, height, width)
-            if band is None:
-                band = np.zeros((len(p), height, W), np.float32)
-            weight = np.outer(
-                row_weights[index, top : top + height],
-                column_weights[column, left : left + width],
-            )
-            band[:, :, left : left + width] += p * weight.astype(np.float32)
-        if pending is not None:
-            shared = pending.shape[1]
-            band[:, :shared] += pending
-        following = rows[index + 1] if index + 1 < len(rows) else H
-        yield top, band[:, : following - top]
-        pending = band[:, following - top :]
-
-
-def probabilities(student, tile: np.ndarray, device) -> np.ndarray:
-    """softmax(logits) of one tile (H, W, C) at its own size, (K, H, W) float32."""
-    H, W = tile.shape[:2]
-    below, right = -H % STRIDE, -W % STRIDE
-    tile = np.pad(tile, ((0, below), (0, right), (0, 0)), "symmetric")
-    images = torch.from_numpy(tile).to(device).permute(2, 0, 1)[None].float()
-    logits = student(images).float()
-    if logits.shape[-2:] != images.shape[-2:]:
-        logits = F.interpolate(logits, images.shape[-2:], mode="bilinear")
-    return logits.softmax(dim=1)[0, :, :H, :W].cpu().numpy()
-
-
-def predict_classes(student, image: np.ndarray, progress=None, **options):
-    """Class map (H, W) uint8 and the probability of each pixel's class, (H, W) float32."""
-    H, W = image.shape[:2]
-    classes, confidence = np.empty((H, W), np.uint8), np.empty((H, W), np.float32)
-    for top, p in predict(student, image, **options):
-        bottom = top + p.shape[1]
-        classes[top:bottom] = p.argmax(axis=0)
-        confidence[top:bottom] = p.max(axis=0)
-        if progress:
-            progress(bottom / H)
-    return classes, confidence
-
-
-# --- Scores -------------------------------------------------------------------------------------
-
-
-def evaluate(student, dataset: Dataset, progress=None, **options) -> dict:
-    """Scores of `student` on whole scenes: miou, mf1, oa, kappa, iou, f1, boundary_f1."""
-    K = len(dataset.classes.names)
-    matrix = torch.zeros(K, K, dtype=torch.int64)
-    edges = torch.zeros(K, 4, dtype=torch.int64)
-    for index, scene in enumerate(dataset.scenes):
-        prediction, _ = predict_classes(student, scene.image, **options)
-        matrix += metrics.confusion_matrix(prediction, scene.label, K)
-        edges += metrics.boundary_counts(prediction, scene.label, K)
-        if progress:
-            progress((index + 1) / len(dataset.scenes))
-    result = metrics.scores(matrix)
-    result["boundary_f1"] = metrics.boundary_f1(edges)["boundary_f1"]
-    result["confusion_matrix"] = matrix.tolist()
-    return result
-
-
-def table(result: dict, classes: Classes) -> str:
-    """Per-class and mean scores in per cent, as text."""
-
-    def percent(value) -> str:
-        return "    -" if value is None else f"{100 * value:5.1f}"
-
-    lines = [f"{'class':16} {'IoU':>5} {'F1':>5}"]
-    for name, iou, f1 in zip(classes.names, result["iou"], result["f1"], strict=True):
-        lines.append(f"{name:16} {percent(iou)} {percent(f1)}")
-    lines.append(f"{'mean':16} {percent(result['miou'])} {percent(result['mf1'])}")
-    lines.append(
-        f"overall accuracy {percent(result['oa'])}   kappa {percent(result['kappa'])}   "
-        f"boundary F1 within 3 pixels {percent(result['boundary_f1'])}"
-    )
-    return "\n".join(lines)
-
-
-# --- python infer.py ----------------------------------------------------------------------------
+from data import DATA_SETS, Classes, DataError, Dataset, load
+from maps import create, georeference, whole
+from raster import header, open_rows
+from scenes import STRIDE, predict, predict_classes
+from scoring import evaluate, protocol_table, table
 
 
 @dataclass
 class Config:
     checkpoint: Path = cli.option(None, "best.pt of a run", positional=True)
     images: tuple[Path, ...] = cli.option((), "images to map", positional=True)
-    out: Path = cli.option(Path("maps"), "folder for the maps")
+    out: Path = cli.option(None, "folder for maps (maps), or for metrics.json when scoring")
     window: int = cli.option(512, "side of a window in pixels, a multiple of 32")
     overlap: float = cli.option(0.25, "share of a window that neighbours have in common, below 0.9")
+    tta: bool = cli.option(False, "average over flips and quarter turns, eight times the work")
     confidence: bool = cli.option(False, "also write the probability of each pixel's class, 0..255")
     data: Literal["", *DATA_SETS] = cli.option("", "score on this data set instead")
     root: Path = cli.option(None, "the data set's folder")
-    split: Literal["val", "test"] = cli.option("val", "the data set's split")
+    split: Literal["val", "test"] = cli.option(None, "the data set's split (val)")
+    tiles: tuple[str, ...] = cli.option((), "score on these scenes only, by name")
+    max_unknown: float = cli.option(None, "share of a label whose colour may be no class (0.001)")
+    cache: Path = cli.option(None, "folder in which decoded images are kept for the next time")
+    protocol: Literal["", "all", "geoseg", "mmseg"] = cli.option(
+        "", "also what others would print for the same predictions"
+    )
+    submission: Path = cli.option(None, "LoveDA's test set as a .zip for its server")
     device: Literal["auto", "cpu", "cuda"] = cli.option("auto", "where to run")
+
+    def __post_init__(self):
+        if self.window % STRIDE or self.window <= 0:
+            raise cli.UsageError(
+                f"--window must be a positive multiple of {STRIDE}; got {self.window}"
+            )
+        if not 0 <= self.overlap < 0.9:
+            raise cli.UsageError(f"--overlap must be in [0, 0.9); got {self.overlap}")
+        if bool(self.images) == bool(self.data):
+            raise cli.UsageError("give images to map, or --data to score on (one of the two)")
+        if self.images:
+            self.refuse(
+                "goes with --data, not with images",
+                "root split tiles max_unknown cache protocol submission",
+            )
+        else:
+            self.refuse("goes with images, not with --data", "confidence")
+        if self.submission:
+            self.refuse("does not go with --submission", "out protocol tiles")
+            if self.data != "loveda":
+                raise cli.UsageError("--submission is for --data loveda")
+            if self.split == "val":
+                raise cli.UsageError("--submission is of the test split; leave --split val out")
+            if self.submission.suffix != ".zip":
+                raise cli.UsageError(f"--submission must end in .zip; got {self.submission}")
+
+    def refuse(self, why: str, names: str) -> None:
+        for name in names.split():
+            if getattr(self, name):
+                raise cli.UsageError(f"--{name.replace('_', '-')} {why}")
 
 
 def main(arguments: list[str]) -> None:
     config = cli.parse(Config, arguments, __doc__.partition("\n")[0])
-    if config.window % STRIDE or config.window <= 0:
-        raise cli.UsageError(
-            f"--window must be a positive multiple of {STRIDE}; got {config.window}"
-        )
-    if not 0 <= config.overlap < 0.9:
-        raise cli.UsageError(f"--overlap must be in [0, 0.9); got {config.overlap}")
-    if bool(config.images) == bool(config.data):
-        raise cli.UsageError("give images to map, or --data to score on (one of the two)")
     device = cli.pick_device(config.device)
     student = load_transformer(config.checkpoint).to(device)
     options = {"window": config.window, "overlap": config.overlap, "device": device}
-    if config.data:
-        score(student, config, options)
+    if config.images:
+        write_maps(student, config, options | {"tta": config.tta})
+    elif config.submission:
+        submit(student, config, options | {"tta": config.tta})
     else:
-        write_maps(student, config, options)
+        score(student, config, options)
 
 
-def score(student, config: Config, options: dict) -> None:
-    dataset = load(config.data, config.root, config.split)
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise cli.UsageError(f"{path}: must be a folder, but there is a file") from None
+
+
+# --- Maps ---------------------------------------------------------------------------------------
+
+
+def write_maps(student, config: Config, options: dict) -> None:
+    out = config.out or Path("maps")
+    twice = [stem for stem, n in Counter(path.stem for path in config.images).items() if n > 1]
+    if twice:
+        raise cli.UsageError(f"two images are called {twice[0]}: map them to different folders")
+    for path in config.images:  # all of them, before the first hour of work
+        check_bands(student, config, open_rows(path).shape[2], path)
+    if (bands := student.about.get("bands", "rgb")) != "rgb":
+        print(f"{config.checkpoint} was trained on {bands}: the images' bands are taken for these")
+    make_folder(out)
+    for path in config.images:
+        write_map(student, path, out, config.confidence, options)
+
+
+def write_map(student, path: Path, out: Path, confidence: bool, options: dict) -> None:
+    """The class map of one image, an overlay, and where asked the confidence."""
+    begin, rows = time.perf_counter(), open_rows(path)
+    colours = tuple(tuple(colour) for colour in student.about["colours"])
+    classes = Classes(tuple(student.about["classes"]), colours)
+    (H, W), place = rows.shape[:2], georeference(path)
+    suffix = ".tif" if header(path).format == "TIFF" else ".png"
+    written = out / f"{path.stem}_classes{suffix}"
+    overlay, counts = pictures.Overlay((H, W), classes), np.zeros(len(classes.names), np.int64)
+    with ExitStack() as stack:
+        progress = stack.enter_context(cli.Progress(path.name))
+        classes_file = stack.enter_context(create(written, (H, W), colours, place))
+        if confidence:
+            name = out / f"{path.stem}_confidence{suffix}"
+            confidence_file = stack.enter_context(create(name, (H, W), place=place))
+        for top, p in predict(student, rows, progress=progress, **options):
+            labels = p.argmax(axis=0).astype(np.uint8)
+            classes_file.append(labels)
+            if confidence:
+                confidence_file.append((255 * p.max(axis=0)).round().astype(np.uint8))
+            overlay.add(top, rows[top : top + len(labels)], labels)
+            counts += np.bincount(labels.ravel(), minlength=len(counts))
+        overlay_file = stack.enter_context(whole(out / f"{path.stem}_overlay.png"))
+        overlay.picture().save(overlay_file, "PNG")
+    shares = zip(classes.names, counts / (H * W), strict=True)
+    summary = ", ".join(f"{name} {share:.1%}" for name, share in shares)
+    print(f"{written}  {W} x {H}, {time.perf_counter() - begin:.1f} s: {summary}")
+
+
+def check_bands(student, config: Config, bands: int, what) -> None:
+    """DataError when `what` has other bands than the images that the student was trained on."""
+    wanted = student.normalise.mean.shape[1]
+    if bands != wanted:
+        kind = student.about.get("bands", "")
+        raise DataError(
+            f"{what}: has {bands} bands, but {config.checkpoint} was trained on {wanted}"
+            + (f" ({kind})" if kind else "")
+        )
+
+
+# --- Scores -------------------------------------------------------------------------------------
+
+
+def load_scenes(student, config: Config, split: str) -> Dataset:
+    """The data set, if its classes and bands are those that the student knows."""
+    bands = student.about.get("bands")
+    options = {"cache": config.cache, "bands": bands, "max_unknown": config.max_unknown}
+    dataset = load(config.data, config.root, split, config.tiles, **options)
     if dataset.classes.names != tuple(student.about["classes"]):
         raise DataError(
             f"{config.checkpoint}: was trained on {', '.join(student.about['classes'])}; "
             f"{config.data} has {', '.join(dataset.classes.names)}"
         )
-    if dataset.scenes[0].label is None:
-        raise DataError(f"the {config.split} split of {config.data} has no labels to score against")
-    with cli.Progress(f"{len(dataset.scenes)} scenes") as progress:
-        result = evaluate(student, dataset, progress, **options)
-    print(f"{config.checkpoint} on {config.data}, {config.split} split\n")
-    print(table(result, dataset.classes))
+    for scene in dataset.scenes:
+        check_bands(student, config, scene.image.shape[2], scene.path or scene.name)
+    return dataset
 
 
-def write_maps(student, config: Config, options: dict) -> None:
-    colours = tuple(tuple(colour) for colour in student.about["colours"])
-    classes = Classes(tuple(student.about["classes"]), colours)
-    stems = [path.stem for path in config.images]
-    if twice := {stem for stem in stems if stems.count(stem) > 1}:
-        raise cli.UsageError(
-            f"two images are called {sorted(twice)[0]}: map them to different folders"
+def score(student, config: Config, options: dict) -> None:
+    """Print the scores, with --tta twice; metrics.json has them all."""
+    split = config.split or "val"
+    dataset = load_scenes(student, config, split)
+    if any(scene.label is None for scene in dataset.scenes):
+        raise DataError(f"the {split} split of {config.data} has no labels to score against")
+    if config.protocol in ("geoseg", "mmseg"):
+        if dataset.classes.clutter is None:
+            raise DataError(f"--protocol {config.protocol}: is for ISPRS data, not {config.data}")
+        if all(scene.eroded is None for scene in dataset.scenes):
+            raise DataError(
+                f"--protocol {config.protocol}: takes labels with eroded boundaries, "
+                f"and there are none of the {split} split"
+            )
+    what = f"tiles {' '.join(config.tiles)}" if config.tiles else f"{split} split"
+    print(f"{config.checkpoint} on {config.data}, {what}")
+    for note in dataset.notes:
+        print(f"  note: {note}")
+    results = {}
+    for name in ("plain", "tta") if config.tta else ("plain",):
+        settings = options | {"tta": name == "tta", "protocols": bool(config.protocol)}
+        with cli.Progress(f"{len(dataset.scenes)} scenes") as progress:
+            result = results[name] = evaluate(student, dataset, progress, **settings)
+        if config.tta:
+            print("\naveraged over eight orientations" if name == "tta" else "\none orientation")
+        print(f"\n{table(result, dataset.classes)}")
+        if config.protocol:
+            print(f"\n{protocol_table(result, config.protocol)}")
+    if config.out:
+        entry = {"checkpoint": str(config.checkpoint), "data": config.data, "split": split}
+        entry |= {"window": config.window, "overlap": config.overlap}
+        entry |= {"classes": list(dataset.classes.names), "scenes": len(dataset.scenes)} | results
+        make_folder(config.out)
+        with whole(config.out / "metrics.json") as file:
+            file.write((json.dumps(entry, indent=1) + "\n").encode())
+
+
+# --- LoveDA's submission ------------------------------------------------------------------------
+
+LOVEDA_TEST = range(4191, 5987)  # the names of its 1796 test images
+
+
+def submit(student, config: Config, options: dict) -> None:
+    """The test set's maps as the server wants them, believed only after reading the file back."""
+    dataset = load_scenes(student, config, "test")
+    expected = {f"{number}.png" for number in LOVEDA_TEST}
+    sizes = {scene.path.name: scene.image.shape[:2] for scene in dataset.scenes}
+    if wrong := sorted(expected ^ set(sizes)):
+        kind = "is missing" if wrong[0] in expected else "is not one of them"
+        raise DataError(
+            f"{config.root}: is not LoveDA's test set of {len(expected)} images: {wrong[0]} {kind}"
+            + (f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else "")
         )
-    config.out.mkdir(parents=True, exist_ok=True)
-    for path in config.images:
-        image, begin = read_image(path), time.perf_counter()
-        with cli.Progress(path.name) as progress:
-            labels, confidence = predict_classes(student, image, progress, **options)
-        suffix = ".tif" if path.suffix.lower() in (".tif", ".tiff") else ".png"
-        written = config.out / f"{path.stem}_classes{suffix}"
-        pictures.save_class_map(labels, colours, written)
-        pictures.overlay(image, labels, classes).save(config.out / f"{path.stem}_overlay.png")
-        if config.confidence:
-            grey = Image.fromarray((255 * confidence).round().astype(np.uint8))
-            grey.save(config.out / f"{path.stem}_confidence{suffix}")
-        shares = np.bincount(labels.ravel(), minlength=len(classes.names)) / labels.size
-        summary = ", ".join(
-            f"{name} {share:.1%}" for name, share in zip(classes.names, shares, strict=True)
-        )
-        seconds = time.perf_counter() - begin
-        print(f"{written}  {image.shape[1]} x {image.shape[0]}, {seconds:.1f} s: {summary}")
+    make_folder(config.submission.parent)
+    with whole(config.submission) as file, cli.Progress(f"{len(sizes)} images") as progress:
+        with ZipFile(file, "w", ZIP_DEFLATED) as archive:
+            for index, scene in enumerate(dataset.scenes):
+                labels, _ = predict_classes(student, scene.image, **options)
+                picture = BytesIO()
+                Image.fromarray(labels).save(picture, "PNG")
+                archive.writestr(scene.path.name, picture.getvalue())
+                progress((index + 1) / len(dataset.scenes))
+        check_submission(file, config.submission, sizes, len(dataset.classes.names))
+    print(f"{config.submission}: {len(sizes)} single-band PNGs with values 0..6, read back")
+
+
+def check_submission(file, path: Path, sizes: dict[str, tuple[int, int]], K: int) -> None:
+    """DataError unless the zip holds exactly these names, each a grey PNG (H, W) of 0..K-1."""
+    with ZipFile(file) as archive:
+        names = archive.namelist()
+        if len(names) != len(sizes) or set(names) != set(sizes):
+            odd = sorted(set(names) ^ set(sizes)) or [n for n, k in Counter(names).items() if k > 1]
+            raise DataError(f"{path}: holds {len(names)} files, not {len(sizes)}: look at {odd[0]}")
+        for name in names:
+            with Image.open(BytesIO(archive.read(name)), formats=("PNG",)) as image:
+                values = np.asarray(image)
+            if image.mode != "L" or values.shape != sizes[name] or values.max() >= K:
+                raise DataError(
+                    f"{path}: {name} is {image.mode}, {values.shape}, up to {values.max()}; "
+                    f"expected one band, {sizes[name]}, up to {K - 1}"
+                )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
         matrix += confusion_matrix(prediction, label, K)
     scores(matrix)                                      # miou, mf1, oa, kappa, iou, f1
     scores(matrix, classes=(0, 1, 2, 3, 4))             # the same, averaged over five classes
-    conventions(matrix, eroded_matrix, clutter=5)       # what each community would report
+    conventions(matrix, eroded=eroded_matrix, clutter=5)        # what each community would report
 
 Papers on ISPRS Potsdam agree on the formulas and differ in the pixels (full labels, or labels
 eroded around every boundary) and in the classes that are averaged (with or without clutter): the
@@ -62,19 +62,24 @@ def _checked(prediction: Map, label: Map, num_classes: int, ignore_index: int):
 
 
 def confusion_matrix(
-    prediction: Map, label: Map, num_classes: int, ignore_index: int = 255
+    prediction: Map,
+    label: Map,
+    num_classes: int,
+    ignore_index: int = 255,
+    times: Map | None = None,
 ) -> Tensor:
     """Pixels of each true class (rows) by predicted class (columns): (K, K) int64.
 
-    Pixels labelled `ignore_index` are left out, whatever was predicted there. Matrices of several
-    images add up. ValueError where shapes differ, or where a valid label or a prediction at a
-    valid pixel is outside 0..K-1.
+    Pixels labelled `ignore_index` are left out, whatever was predicted there; `times`, of the same
+    shape, says how often each pixel counts. Matrices of several images add up. ValueError where
+    shapes differ, or where a valid label or a prediction at a valid pixel is outside 0..K-1.
     """
     prediction, label, valid = _checked(prediction, label, num_classes, ignore_index)
     index = label[valid].astype(np.int64)  # a uint8 would overflow in the next line
     index *= num_classes
     index += prediction[valid].astype(np.int64, copy=False)
-    counts = np.bincount(index, minlength=num_classes**2).astype(np.int64, copy=False)
+    weights = None if times is None else _array(times)[valid]  # exact in float64 up to 2^53
+    counts = np.bincount(index, weights, num_classes**2).astype(np.int64, copy=False)
     return torch.from_numpy(counts.reshape(num_classes, num_classes))
 
 
@@ -95,8 +100,8 @@ def _ratio(numerator: float, denominator: float) -> float | None:
 def scores(matrix: Tensor, classes: Sequence[int] | None = None) -> dict:
     """Scores of a confusion matrix (K, K), in [0, 1], as plain floats that JSON can hold.
 
-    iou, f1      lists of K: TP / (TP + FP + FN) and 2 TP / (2 TP + FP + FN)
-    miou, mf1    their means over `classes`; only here does `classes` matter, and a pixel of
+    iou, f1, recall     lists of K: TP / (TP + FP + FN), 2 TP / (2 TP + FP + FN), TP / (TP + FN)
+    miou, mf1, macc     their means over `classes`; only here does `classes` matter, and a pixel of
                  another class that is taken for one of `classes` still is a false positive
     oa           overall accuracy, the share of all valid pixels that are right
     kappa        Cohen's (oa - chance) / (1 - chance), chance = sum_k truth_k predicted_k / N^2;
@@ -114,8 +119,10 @@ def scores(matrix: Tensor, classes: Sequence[int] | None = None) -> dict:
     f1 = [_ratio(*pair) for pair in zip(2 * right, truth + predicted, strict=True)]
     chance = truth @ predicted  # times N^2, and so is the next line: no rounding before the end
     kappa = _ratio(right.sum() * total - chance, total**2 - chance)
-    means = {"miou": _mean(iou, classes), "mf1": _mean(f1, classes)}
-    return means | {"oa": _ratio(right.sum(), total), "kappa": kappa, "iou": iou, "f1": f1}
+    recall = [_ratio(*pair) for pair in zip(right, truth, strict=True)]
+    per_class = {"iou": iou, "f1": f1, "recall": recall}
+    means = {"miou": _mean(iou, classes), "mf1": _mean(f1, classes), "macc": _mean(recall, classes)}
+    return means | {"oa": _ratio(right.sum(), total), "kappa": kappa} | per_class
 
 
 # --- Distances ----------------------------------------------------------------------------------
@@ -222,44 +229,110 @@ def boundary_f1(counts: Tensor, classes: Sequence[int] | None = None) -> dict:
 class Convention(NamedTuple):
     name: str
     meaning: str  # over which pixels and which classes
+    pixels: int  # that are counted
     miou: float | None
     mf1: float | None
+    macc: float | None
     oa: float | None
+    oa_without_clutter: float | None  # the same without the pixels whose label is clutter
     kappa: float | None
+    boundary_f1: float | None
 
 
 def conventions(
-    full: Tensor, eroded: Tensor | None = None, clutter: int | None = None
+    full: Tensor | None = None,
+    eroded: Tensor | None = None,
+    clutter: int | None = None,
+    boundary: Tensor | None = None,
+    padding: Tensor | None = None,
+    crops: Tensor | None = None,
 ) -> list[Convention]:
     """The scores of one set of predictions under each published way of counting.
 
-    `full` and `eroded` are its confusion matrices (K, K) against full and against eroded labels;
-    without `eroded` only the rows on full labels, without `clutter` (the index of that class) only
-    the rows over all classes. The row "mmseg" counts as mmsegmentation does on Potsdam, "geoseg"
-    as GeoSeg does; neither emulates how the two cut, pad or augment scenes.
+    full, eroded    its confusion matrices (K, K) against full and against eroded labels
+    clutter         the index of the class that some leave out of the mean
+    boundary        its `boundary_counts` (K, 4) against full labels
+    padding         (K,) classes predicted in the padding that GeoSeg adds to the scenes
+    crops           the matrix against eroded labels, pixels counted as often as `crop_counts` says
+
+    Rows whose numbers are missing are left out.
     """
-    K = len(full)
+    K = len(eroded if full is None else full)
     if clutter is not None and not 0 <= clutter < K:
         raise ValueError(f"clutter is class {clutter}, but classes are 0..{K - 1}")
     others = tuple(k for k in range(K) if k != clutter)
+    every = f"mean over all {K} classes"
+    mean = f"mean over the {K - 1} classes without clutter"
     rows = []
-    for kind, matrix, names in (
-        ("full", full, ("full", "full-no-clutter", "full-clutter-dropped")),
-        ("eroded", eroded, ("mmseg", "geoseg", "eroded-clutter-dropped")),
-    ):
+    for kind, matrix, edges in (("full", full, boundary), ("eroded", eroded, None)):
         if matrix is None:
             continue
-        ways = [(f"mean over all {K} classes; OA and kappa over all pixels", matrix, None)]
-        if clutter is not None:
-            dropped = _array(matrix).copy()
-            dropped[clutter] = 0  # the row only: to take another class for clutter stays an error
-            mean = f"mean over the {K - 1} classes without clutter"
-            ways += [
-                (f"{mean}; OA and kappa over all pixels", matrix, others),
-                (f"{mean}; pixels labelled clutter count nowhere", dropped, others),
-            ]
-        for name, (way, counts, classes) in zip(names, ways, strict=False):
-            found = scores(counts, classes)
-            means = (found[key] for key in ("miou", "mf1", "oa", "kappa"))
-            rows.append(Convention(name, f"{kind} labels; {way}", *means))
+        rows.append(_convention(kind, f"{kind} labels; {every}", matrix, None, clutter, edges))
+        if clutter is None:
+            continue
+        dropped = _array(matrix).copy()
+        dropped[clutter] = 0  # the row only: to take another class for clutter stays an error
+        rows += [
+            _convention(
+                f"{kind}-no-clutter", f"{kind} labels; {mean}", matrix, others, clutter, edges
+            ),
+            _convention(
+                f"{kind}-clutter-dropped",
+                f"{kind} labels; {mean}; pixels labelled clutter count nowhere",
+                dropped,
+                others,
+                clutter,
+            ),
+        ]
+    if eroded is not None and clutter is not None:
+        rows.append(_geoseg("geoseg", "ignored, as with albumentations 2", eroded, others, clutter))
+        if padding is not None:
+            padded = _array(eroded).copy()
+            padded[0] += _array(padding)
+            meaning = "counted as class 0, as with albumentations 1"
+            rows.append(_geoseg("geoseg-padding", meaning, padded, others, clutter))
+    if crops is not None:
+        meaning = f"eroded labels; {every}; pixels in two or four of its crops count as often"
+        rows.append(_convention("mmseg", meaning, crops, None, clutter))
     return rows
+
+
+def _convention(name, meaning, matrix, classes, clutter, edges=None) -> Convention:
+    found = scores(matrix, classes)
+    counts = _array(matrix)
+    averaged = range(len(counts)) if classes is None else classes
+    if absent := sum(found["iou"][k] is None for k in averaged):
+        meaning += f", {absent} of which occur{'s' if absent == 1 else ''} nowhere"
+    without = None
+    if clutter is not None:
+        without = scores(np.where(np.arange(len(counts))[:, None] == clutter, 0, counts))["oa"]
+    return Convention(
+        name,
+        meaning,
+        int(counts.sum()),
+        *(found[key] for key in ("miou", "mf1", "macc", "oa")),
+        without,
+        found["kappa"],
+        None if edges is None else boundary_f1(edges, classes)["boundary_f1"],
+    )
+
+
+def _geoseg(name, padding, matrix, classes, clutter) -> Convention:
+    """GeoSeg's F1 of a class without a hit is 0 / 0, which its mean leaves out."""
+    meaning = f"eroded labels; mean over the {len(classes)} classes without clutter; padding "
+    row = _convention(name, meaning + padding, matrix, classes, clutter)
+    hit = [f1 or None for f1 in scores(matrix)["f1"]]
+    return row._replace(mf1=_mean(hit, classes))
+
+
+def crop_counts(length: int, crop: int) -> np.ndarray:
+    """How many of mmsegmentation's crops hold each position of an axis: (length,) int64.
+
+    Crops lie side by side; the last one is moved back to the edge, over a part of its neighbour.
+    That is the grid its converter writes at its default stride, which it ignores: files of equal
+    crops overwrite each other (tools/dataset_converters/potsdam.py, mmsegmentation 1.2).
+    """
+    counts = np.zeros(length, np.int64)
+    for start in {max(0, min(start, length - crop)) for start in range(0, length, crop)}:
+        counts[start : start + crop] += 1
+    return counts

@@ -1,13 +1,13 @@
-"""Pictures of what the programs do, drawn with Pillow: maps, overlays, samples, curves.
+"""Pictures of what the programs do, drawn with Pillow: overlays, samples, curves.
 
-save_class_map(labels, colours, "map.png")           # indexed, one byte a pixel
-overlay(image, labels, classes).save("overlay.png")  # image, classes over it, legend
+overlay = Overlay((H, W), classes)                   # image, classes over it, legend
+overlay.add(top, image_rows, label_rows)             # from bands of rows, for scenes of any size
+overlay.picture().save("overlay.png")
 samples(rows, classes).save("samples.png")           # what both students see, who taught whom
 curves(log, panels).save("curves.png")
 """
 
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,31 +24,41 @@ def font(size: int) -> ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-# --- Maps ---------------------------------------------------------------------------------------
+# --- Overlays -----------------------------------------------------------------------------------
 
 
-def save_class_map(labels: np.ndarray, colours, path: Path) -> None:
-    """(H, W) uint8 class indices as an indexed PNG or TIFF that shows the classes' colours."""
-    image = Image.fromarray(labels)
-    image.putpalette([value for colour in colours for value in colour])
-    options = {"compression": "tiff_lzw"} if Path(path).suffix == ".tif" else {}
-    image.save(path, **options)
+class Overlay:
+    """An image with its classes over it at 45 %, and a legend of those that occur.
 
+    Made from bands of rows, of which only as many pixels are kept as the picture shows: every n-th
+    of every n-th row where a scene is larger than LARGEST_OVERLAY.
+    """
 
-def overlay(image: np.ndarray, labels: np.ndarray, classes: Classes) -> Image.Image:
-    """The image with its classes over it at 45 %, and a legend of those that occur."""
-    present = np.unique(labels)
-    shown = Image.fromarray(image[..., :3])
-    colours = Image.fromarray(encode_colours(labels, classes.colours))
-    if max(shown.size) > LARGEST_OVERLAY:
-        shown.thumbnail((LARGEST_OVERLAY, LARGEST_OVERLAY))
-        colours = colours.resize(shown.size, Image.Resampling.NEAREST)
-    shown = Image.blend(shown, colours, 0.45)
-    key = legend([(classes.names[i], classes.colours[i]) for i in present if i != IGNORE])
-    sheet = Image.new("RGB", (max(shown.width, key.width), shown.height + key.height), PAPER)
-    sheet.paste(shown, (0, 0))
-    sheet.paste(key, (0, shown.height))
-    return sheet
+    def __init__(self, shape, classes: Classes):
+        """shape (H, W) of the scene."""
+        self.classes, self.step = classes, math.ceil(max(shape) / LARGEST_OVERLAY)
+        height, width = (math.ceil(length / self.step) for length in shape)
+        self.image = np.zeros((height, width, 3), np.uint8)
+        self.labels = np.full((height, width), IGNORE, np.uint8)
+
+    def add(self, top: int, image: np.ndarray, labels: np.ndarray) -> None:
+        """Rows from `top` on: image (rows, W, C), labels (rows, W)."""
+        first = -top % self.step  # of these rows
+        shown = labels[first :: self.step, :: self.step]
+        row = (top + first) // self.step
+        self.labels[row : row + len(shown)] = shown
+        self.image[row : row + len(shown)] = image[first :: self.step, :: self.step, :3]
+
+    def picture(self) -> Image.Image:
+        classes = self.classes
+        colours = Image.fromarray(encode_colours(self.labels, classes.colours))
+        shown = Image.blend(Image.fromarray(self.image), colours, 0.45)
+        present = np.unique(self.labels)
+        key = legend([(classes.names[i], classes.colours[i]) for i in present if i != IGNORE])
+        sheet = Image.new("RGB", (max(shown.width, key.width), shown.height + key.height), PAPER)
+        sheet.paste(shown, (0, 0))
+        sheet.paste(key, (0, shown.height))
+        return sheet
 
 
 def legend(entries: list[tuple[str, tuple[int, int, int]]]) -> Image.Image:

@@ -43,9 +43,11 @@ from ctclm import (
     ramp_up,
     save_transformer,
 )
-from data import DATA_SETS, IGNORE, DataError, Dataset, Scene, Windows, load, prefetch
+from data import BANDS, DATA_SETS, IGNORE, DataError, Dataset, Scene, load
 from infer import evaluate, table
 from kernels import reliability
+from labels import MAX_UNKNOWN, count_cells
+from windows import Windows, prefetch, rare_share
 
 
 @dataclass
@@ -54,6 +56,12 @@ class Config:
     root: Path = cli.option(None, "the data set's folder (toy needs none)")
     train_tiles: tuple[str, ...] = cli.option((), "train on these tiles only, by name")
     val_tiles: tuple[str, ...] = cli.option((), "validate on these tiles only, by name")
+    bands: Literal["auto", *BANDS] = cli.option("auto", "where the publisher has several")
+    max_unknown: float = cli.option(MAX_UNKNOWN, "share of a label whose colour may be no class")
+    cache: Path = cli.option(None, "decoded images, for several runs (OUT/cache for this one)")
+    rare: float = cli.option(
+        None, "share of windows around a pixel of a rare class (0.25 if one has under 1 %%, else 0)"
+    )
     variant: Literal["tiny", "b0", "b1", "b2"] = cli.option("tiny", "size of both students")
     steps: int = cli.option(1200, "optimiser steps")
     batch: int = cli.option(8, "windows per step")
@@ -101,6 +109,11 @@ class Config:
                 "--teacher, a CNN that does not learn, needs --students both, "
                 "--distill cnn_to_transformer and --align off"
             )
+        for name in ("rare", "max_unknown"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
+                raise cli.UsageError(
+                    f"--{name.replace('_', '-')} is a share, 0 to 1; got {getattr(self, name)}"
+                )
         if not 0 <= self.seed < 2**63:
             raise cli.UsageError(f"--seed must be at least 0; got {self.seed}")
 
@@ -108,7 +121,7 @@ class Config:
         """As plain types. Where to run and whether to resume are not part of what was run."""
         plain = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(self).items()}
         plain |= {"train_tiles": list(self.train_tiles), "val_tiles": list(self.val_tiles)}
-        return {k: v for k, v in plain.items() if k not in ("out", "resume", "device")}
+        return {k: v for k, v in plain.items() if k not in ("out", "resume", "device", "cache")}
 
 
 REPORTS, REPORTS_PER_SAVE = 30, 5  # a run has 30 reports and saves 6 times
@@ -124,9 +137,20 @@ class Run:
         self.config = config
         self.device = cli.pick_device(config.device)
         self.prepare_folder()
-        self.train_set = load(config.data, config.root, "train", config.train_tiles)
-        scenes = few_labels(self.train_set.scenes, config)
-        self.val_set = load(config.data, config.root, "val", config.val_tiles)
+        options = {
+            "cache": config.cache or config.out / "cache",
+            "bands": None if config.bands == "auto" else config.bands,
+            "max_unknown": config.max_unknown,
+        }
+        self.train_set = load(config.data, config.root, "train", config.train_tiles, **options)
+        options["bands"] = self.train_set.bands
+        self.val_set = load(config.data, config.root, "val", config.val_tiles, **options)
+        if both := {s.path for s in self.train_set.scenes} & {s.path for s in self.val_set.scenes}:
+            if both != {None}:  # toy scenes have no file
+                raise DataError(
+                    f"{sorted(both)[0]}: is in the training and in the validation set; "
+                    f"choose with --train-tiles and --val-tiles"
+                )
         for split, dataset in (("train", self.train_set), ("val", self.val_set)):
             labels = [scene.label for scene in dataset.scenes]
             if not any(label is not None and (label != IGNORE).any() for label in labels):
@@ -158,7 +182,9 @@ class Run:
                 [self.model.cnn_projectors, self.model.transformer_projectors]
             )
         self.optimizer = make_optimizer(self.model, config.lr)
-        self.windows = Windows(scenes, config.crop, config.batch, seed=config.seed)
+        scenes = few_labels(self.train_set, config)
+        rare = rare_share(scenes) if config.rare is None else config.rare
+        self.windows = Windows(scenes, config.crop, config.batch, seed=config.seed, rare=rare)
         bf16 = config.precision == "bf16" or (
             config.precision == "auto" and self.device.type == "cuda"
         )
@@ -175,7 +201,7 @@ class Run:
         if self.config.resume:
             if not last.exists():
                 raise cli.UsageError(f"{last}: no such file, so there is nothing to resume")
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        elif out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {"cache"}):
             raise cli.UsageError(
                 f"{out}: is not empty; continue it with --resume or choose another --out"
             )
@@ -184,10 +210,10 @@ class Run:
     def restore(self) -> None:
         state = checkpoint.read(self.config.out / "last.pt", "ctclm-training")
         for key, value in self.config.saved().items():
-            if state["config"][key] != value:
+            if state["config"].get(key) != value:
                 raise cli.UsageError(
                     f"{self.config.out}: was started with --{key.replace('_', '-')} "
-                    f"{state['config'][key]}, not {value}; resume it with the same options"
+                    f"{state['config'].get(key)}, not {value}; resume it with the same options"
                 )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -260,7 +286,8 @@ class Run:
         validate_every = report_every * max(1, REPORTS // c.validations)
         history, waited, begin, before = [], 0.0, time.perf_counter(), self.seconds
         since, first = begin, self.step
-        for _, images, labels, wait in prefetch(self.windows, range(self.step, c.steps)):
+        threads = 1 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
+        for _, images, labels, wait in prefetch(self.windows, range(self.step, c.steps), threads):
             history.append(self.train_step(images, labels))
             waited += wait
             done = self.step == c.steps
@@ -320,6 +347,7 @@ class Run:
                 "classes": list(self.train_set.classes.names),
                 "colours": [list(colour) for colour in self.train_set.classes.colours],
                 "data": self.config.data,
+                "bands": self.train_set.bands,
                 "step": self.step,
                 "val_miou": self.best["miou"],
             }
@@ -416,22 +444,24 @@ class StopSignal:
 # --- Parts --------------------------------------------------------------------------------------
 
 
-def few_labels(scenes: list[Scene], config: Config) -> list[Scene]:
+def few_labels(dataset: Dataset, config: Config) -> list[Scene]:
     """The first scenes, cut to a square in the middle of each if asked."""
-    if config.labelled > len(scenes):
+    count, side, K = config.labelled, config.labelled_side, len(dataset.classes.names)
+    if count > len(dataset.scenes):
         raise cli.UsageError(
-            f"--labelled {config.labelled}, but there are {len(scenes)} training scenes"
+            f"--labelled {count}, but there are {len(dataset.scenes)} training scenes"
         )
-    return [middle(scene, config.labelled_side) for scene in scenes[: config.labelled or None]]
+    scenes = dataset.scenes[: count or None]
+    return [middle(scene, side, K) for scene in scenes] if side else scenes
 
 
-def middle(scene: Scene, side: int) -> Scene:
-    """The square of `side` pixels in the middle of a scene, or what there is of it; 0: all."""
-    if not side:
-        return scene
+def middle(scene: Scene, side: int, num_classes: int) -> Scene:
+    """The square of `side` pixels in the middle of a scene, or what there is of it."""
     top, left = (max(0, (length - side) // 2) for length in scene.label.shape)
     area = np.s_[top : top + side, left : left + side]
-    return scene._replace(image=scene.image[area], label=scene.label[area])
+    image, label = np.asarray(scene.image[area]), np.asarray(scene.label[area])
+    cells = count_cells(label, num_classes)[..., :num_classes]
+    return scene._replace(image=image, label=label, cells=cells)
 
 
 def load_teacher(model: CTCLM, path: Path) -> None:
@@ -547,6 +577,8 @@ def main(arguments: list[str]) -> None:
         print(f"{name}: {len(dataset.scenes)} scenes, {pixels / 1e6:.1f} million pixels")
         for note in dataset.notes:
             print(f"  note: {note}")
+    if rare := [run.train_set.classes.names[places.k] for places in run.windows.places]:
+        print(f"{run.windows.rare:.0%} of windows are drawn around rare classes: {', '.join(rare)}")
     for name, cost in run.describe().items():
         print(
             f"{name}: {cost['parameters']:,} parameters, "

@@ -65,23 +65,31 @@ class Blocks(NamedTuple):
     stages: int  # tiles in flight: the next one is read while this one is computed
 
 
-def forward_blocks(M: int, D: int, dtype: torch.dtype) -> Blocks:
-    """256 keys are all there are for a crop of 512 pixels, and no head of ours has D = 128.
+# Data-centre chips from Hopper on have this much shared memory for a program, and matrix units that
+# read both operands from there. Elsewhere operands take registers, and larger blocks would spill.
+LARGE_SHARED_MEMORY = 200 * 1024  # bytes
+
+
+def forward_blocks(M: int, D: int, dtype: torch.dtype, shared_memory: int) -> Blocks:
+    """256 keys are all there are for a crop of 512 pixels; no head of ours has D = 128.
 
     The sizes are the largest that compile without spilling registers: kernels/README.md.
     """
     if dtype == torch.float32:  # exact, which excludes the matrix units
-        return Blocks(32, 64, 8, 1) if D <= 32 else Blocks(16, 32, 8, 1)
+        return Blocks(32, 32, 4, 1) if D <= 32 else Blocks(16, 32, 8, 1)
+    if D == 64 and shared_memory < LARGE_SHARED_MEMORY:
+        return Blocks(64, 64, 4, 2)
     if M <= 256 and D <= 64:
         return Blocks(64, max(16, triton.next_power_of_2(M)), 4, 2)
     return Blocks(64, 128 if D <= 64 else 64, 4, 1)
 
 
 def backward_blocks(M: int, D: int, dtype: torch.dtype, shared_memory: int) -> Blocks:
-    """`shared_memory`: bytes a program may have; 99 KiB on consumer cards, 163 or more on others."""
+    """The fewest chunks of keys: each one reads all queries again."""
     if dtype == torch.float32:
-        return forward_blocks(M, D, dtype)
-    most = 256 if D <= 32 or (D == 64 and shared_memory > 2**17) else 128 if D <= 64 else 64
+        return Blocks(32, 64, 8, 1) if D <= 32 else Blocks(16, 32, 8, 1)
+    large = D <= 32 or (D == 64 and shared_memory >= LARGE_SHARED_MEMORY)
+    most = 256 if large else 128 if D == 64 else 64
     return Blocks(32, min(most, max(16, triton.next_power_of_2(M))), 8, 2)
 
 
@@ -244,8 +252,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     B, h, N, D = q.shape
     M = k.shape[2]
-    queries, keys, warps, stages = forward_blocks(M, D, q.dtype)
-    tiles = power_of_2_below(B * h * triton.cdiv(N, queries) / 1024, largest=8)
+    queries, keys, warps, stages = forward_blocks(M, D, q.dtype, shared_memory(q))
+    tiles = tiles_per_program(B * h * triton.cdiv(N, queries), FORWARD_PROGRAMS, largest=8)
     o, lse = outputs(q)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     sizes = (D, queries, keys, tiles, triton.cdiv(M, keys), M % keys != 0)
@@ -265,7 +273,7 @@ def fused_attention_backward(
     B, h, N, D = q.shape
     M = k.shape[2]
     queries, keys, warps, stages = backward_blocks(M, D, q.dtype, shared_memory(q))
-    tiles = power_of_2_below(B * h * triton.cdiv(N, queries) / 256, largest=1024)
+    tiles = tiles_per_program(B * h * triton.cdiv(N, queries), BACKWARD_PROGRAMS, largest=1024)
     slices, chunks = triton.cdiv(N, queries * tiles), triton.cdiv(M, keys)
     dq = torch.empty_like(o, dtype=q.dtype if chunks == 1 else torch.float32)
     dkv = q.new_empty(2, slices, B, h, M, D, dtype=torch.float32)
@@ -291,8 +299,14 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def power_of_2_below(x: float, largest: int) -> int:
-    return min(largest, 1 << max(0, int(x).bit_length() - 1))
+# Programs that keep a large GPU busy: several to each of its processors forward, one or two
+# backward, where each leaves a partial sum behind.
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 1024, 256
+
+
+def tiles_per_program(tiles: int, programs: int, largest: int) -> int:
+    """A power of two, so that few different kernels are compiled; from the shapes alone."""
+    return min(largest, 1 << max(0, (tiles // programs).bit_length() - 1))
 
 
 @fused_attention.register_fake

@@ -22,6 +22,7 @@ Letters: B batch, K classes, H W the labels' pixels; the logits' grid is h = H/4
 from __future__ import annotations  # tl.constexpr must not be looked up where Triton is missing
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -116,14 +117,12 @@ def per_pixel(z_c, z_t, target, direction, temperature, kappa) -> tuple[Tensor, 
 
 def transfer_weights(r: Tensor, direction: str) -> tuple[Tensor, Tensor]:
     """Per-pixel weights of (CNN teaches Transformer, Transformer teaches CNN). The one place."""
-    on, off = torch.ones_like(r), torch.zeros_like(r)
-    return {
-        "none": (off, off),
-        "cnn_to_transformer": (on, off),
-        "transformer_to_cnn": (off, on),
-        "mutual": (on, on),
-        "selective": (r, 1 - r),
-    }[direction]
+    if direction == "selective":
+        return r, 1 - r
+    return (
+        torch.full_like(r, direction in ("cnn_to_transformer", "mutual")),
+        torch.full_like(r, direction in ("transformer_to_cnn", "mutual")),
+    )
 
 
 def kl_divergence(*, teacher: Tensor, student: Tensor) -> Tensor:
@@ -268,93 +267,107 @@ def pixels_last(x: Tensor) -> Tensor:
 
 # --- On a CPU: a few rows at a time --------------------------------------------------------------
 
-ROWS = 4  # rows of logits in a chunk: maps of 2 x B x K x 4 ROWS x W that stay in the cache
+CHUNK = 2**18  # numbers in a map of 2 x B x K x rows x W at a time: about what a cache holds
 
 
-def upsampling(n: int, like: Tensor) -> Tensor:
+@lru_cache(16)
+def upsampling(n: int, dtype: torch.dtype) -> Tensor:
     """Bilinear x4 along one axis as a matrix (4n, n): what it makes of the identity."""
-    identity = torch.eye(n, dtype=like.dtype)
+    identity = torch.eye(n, dtype=dtype)
     return F.interpolate(identity[None], scale_factor=4, mode="linear")[0].T.contiguous()
 
 
 def row_forward(
     cnn_logits, transformer_logits, labels, direction, temperature, kappa, ignore_index
 ):
-    """Sums over the valid pixels of the four terms, the gate and 1, (6,) float64; and with respect to
-    (CNN, Transformer) logits the gradients of the mean cross entropy and of the mean transfer,
+    """Sums over the valid pixels of the four terms, the gate and 1, (6,) float64; and the gradients
+    of the mean cross entropy and of the mean transfer with respect to (CNN, Transformer) logits,
     (2, 2, B, K, h, w).
 
-    Upsampling is a product with a matrix on either side, A z C^T, and its transpose is A^T g C. The
-    columns are done for all rows at once (a quarter of a full map), the rows chunk by chunk.
+    Upsampling is a product with a matrix on either side, A z C^T, and its transpose is A^T g C.
     """
-    h, w = cnn_logits.shape[2:]
-    z = torch.stack([x.to(wide(x)) for x in (cnn_logits, transformer_logits)])
-    rows, columns = upsampling(h, z), upsampling(w, z)  # A (H, h), C (W, w)
-    z = z @ columns.T  # (2, B, K, h, W)
+    B, K, h, w = cnn_logits.shape
+    z = torch.stack((cnn_logits, transformer_logits)).to(wide(cnn_logits))  # (2, B, K, h, w)
+    rows, columns = upsampling(h, z.dtype), upsampling(w, z.dtype)  # A (H, h), C (W, w)
     gradients = z.new_zeros(2, *z.shape)
     sums = torch.zeros(6, dtype=torch.float64)
-    for first in range(0, h, ROWS):
-        last = min(first + ROWS, h)
+    step = max(1, CHUNK // (2 * B * K * 16 * w))
+    for first in range(0, h, step):
+        last = min(first + step, h)
         near = slice(max(first - 1, 0), last + 1)  # the logits that reach into these rows
         A = rows[4 * first : 4 * last, near]
-        y = labels[:, None, 4 * first : 4 * last]  # (B, 1, R, W)
-        maps, parts = pixels_and_gradients(
-            A @ z[..., near, :], y, y != ignore_index, direction, temperature, kappa
-        )
-        sums += maps.sum(dim=(1, 2, 3, 4))
+        maps, *parts = pixels_and_gradients(
+            A @ (z[..., near, :] @ columns.T),
+            labels[:, None, 4 * first : 4 * last],
+            direction, temperature, kappa, ignore_index,
+        )  # fmt: skip
+        sums += maps.flatten(1).sum(1)
         for whole, part in zip(gradients, parts, strict=True):
-            whole[..., near, :] += A.T @ part
-    return sums, (gradients @ columns).div_(sums[5].clamp(min=1))
+            whole[..., near, :] += A.T @ part @ columns
+    return sums, gradients.div_(sums[5].clamp(min=1))
 
 
-def pixels_and_gradients(z, labels, valid, direction, temperature, kappa):
+def pixels_and_gradients(z, labels, direction, temperature, kappa, ignore_index):
     """What `per_pixel` returns and the number 1, zero where not valid, (6, B, 1, R, W); and what
     they add to the gradients, cross entropies and transfers apart, (2, B, K, R, W) each:
 
         dl/dz = p - onehot(y)        d(T^2 KL(teacher || student))/dz = T (q_student - q_teacher)
 
-    z (2, B, K, R, W) upsampled logits of CNN and Transformer, q = softmax(z / T). The normaliser
-    comes from the largest probability, log sum exp z = max z - log max p, for exp is what costs.
+    z (2, B, K, R, W) upsampled logits of CNN and Transformer, q = softmax(z / T); labels
+    (B, 1, R, W). Two maps of z's size live at a time, z and p, and become the two gradients.
     """
-    target = labels.long().masked_fill(~valid, 0).expand(2, *labels.shape)
+    valid, T = labels != ignore_index, temperature
+    target = (labels * valid).long().expand(2, *labels.shape)
     m = valid.to(z.dtype)
     p, lse = softmax_and_lse(z)
-    l_c, l_t = lse - z.gather(2, target)  # (B, 1, R, W) each
-    r = torch.sigmoid((l_t - l_c) / kappa)
+    l_c, l_t = (lse - z.gather(2, target)).unbind()  # (B, 1, R, W) each
+    r = torch.sigmoid((l_t - l_c).div_(kappa))
     weight_ct, weight_tc = transfer_weights(r, direction)
-    q, T = p, temperature
+    q = p
     if T != 1:
-        z = z / T
-        q, lse = softmax_and_lse(z)
-    gap, lse_gap = z[0] - z[1], lse[0] - lse[1]
-    cross = (q * gap).sum(2, keepdim=True)  # under q_c, under q_t
-    cnn_teaches, transformer_teaches = cross[0] - lse_gap, lse_gap - cross[1]
-    transfers = T**2 * weight_ct * cnn_teaches, T**2 * weight_tc * transformer_teaches
-    maps = torch.stack([l_c, l_t, *transfers, r, m]).mul_(m)
-    transfer = (q[0] - q[1]) * torch.stack([T * m * weight_tc, -T * m * weight_ct])
+        q, lse = softmax_and_lse(z.div_(T))
+    (q_c, q_t), (lse_c, lse_t), (gap, scratch) = q.unbind(), lse.unbind(), z.unbind()
+    gap -= scratch  # z_c - z_t
+    lse_gap = lse_c.sub_(lse_t)
+    cnn_teaches = torch.mul(q_c, gap, out=scratch).sum(1, keepdim=True).sub_(lse_gap)
+    transformer_teaches = lse_gap - torch.mul(q_t, gap, out=scratch).sum(1, keepdim=True)
+    transfers = weight_ct * cnn_teaches * T**2, weight_tc * transformer_teaches * T**2
+    maps = torch.stack((l_c, l_t, *transfers, r, m)).mul_(m)
+    difference = torch.sub(q_c, q_t, out=gap)
+    torch.mul(difference, m * weight_ct * -T, out=scratch)  # of the Transformer
+    difference *= m * weight_tc * T  # of the CNN
     cross_entropy = p.mul_(m).scatter_add_(2, target, -m.expand_as(target))
-    return maps, (cross_entropy, transfer)
+    return maps, cross_entropy, z
 
 
 def softmax_and_lse(z: Tensor) -> tuple[Tensor, Tensor]:
-    p = torch.softmax(z, dim=2)
-    return p, z.amax(2, keepdim=True) - p.amax(2, keepdim=True).log_()
+    """softmax and log sum exp over the classes (dimension 2), from one exp: it is what costs."""
+    top = z.amax(2, keepdim=True)
+    p = (z - top).exp_()
+    total = p.sum(2, keepdim=True)
+    p /= total
+    return p, total.log_().add_(top)
 
 
 def row_backward(upstream, kept, cnn_logits, transformer_logits, labels, *_options):
-    cross_entropy, transfer = kept
-    cnn = upstream[0] * cross_entropy[0] + upstream[3] * transfer[0]
-    transformer = upstream[1] * cross_entropy[1] + upstream[2] * transfer[1]
-    return tuple(pixels_last(g).to(cnn_logits.dtype) for g in (cnn, transformer))
+    cross_entropy, transfer = kept  # (2, B, K, h, w) each
+    shape = (2, 1, 1, 1, 1)
+    both = upstream[:2].view(shape) * cross_entropy + upstream[2:].flip(0).view(shape) * transfer
+    return tuple(copied(g, cnn_logits.dtype) for g in both)
+
+
+def copied(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of its own, which an operation's result must be, with pixels last."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last).copy_(x)
 
 
 # --- On a GPU: dual cells ------------------------------------------------------------------------
 #
-# Between four neighbouring logits lie 4 x 4 pixels that depend on these four alone. In a row, pixels
-# 4 cx - 2 .. 4 cx + 1 lie between the logits of columns cx - 1 and cx, at 1/8, 3/8, 5/8 and 7/8 of
-# the way; likewise down a column. At the border one of the two is missing: fraction 0 or 1 makes the
-# other one count alone, which is what align_corners=False means there. So h + 1 by w + 1 dual cells
-# tile the image.
+# Between four neighbouring logits lie 4 x 4 pixels that depend on these four alone. In a row,
+# pixels 4 cx - 2 .. 4 cx + 1 lie between the logits of columns cx - 1 and cx, at 1/8, 3/8, 5/8 and
+# 7/8 of the way; likewise down a column. At the border one of the two is missing: fraction 0 or 1
+# makes the other one count alone, which is what align_corners=False means there. So h + 1 by w + 1
+# dual cells tile the image.
 #
 # A program walks down ROWS of them with a lane for each column of pixels. The K classes of a pixel
 # sit in a tuple of K registers: no padding to a power of two and no reduction across lanes. To a

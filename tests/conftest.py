@@ -1,13 +1,23 @@
 """What every test shares."""
 
 import json
+import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import cli
+# Without a GPU Triton's kernels run in its interpreter, which is chosen when they are defined.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+import cli  # noqa: E402
+import kernels  # noqa: E402
+import toy  # noqa: E402
+from labels import encode_colours  # noqa: E402
+from layouts import ISPRS, POTSDAM, SPLITS  # noqa: E402
 
 # torch.empty is filled with NaN, so an output that nobody wrote shows.
 torch.use_deterministic_algorithms(True)
@@ -17,6 +27,36 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def without_triton():
+    """The interpreter is slow: a test that wants the kernels says so by `force("triton")`."""
+    with kernels.force("pytorch"):
+        yield
+
+
+@pytest.fixture
+def device():
+    """Where Triton's kernels run: on the GPU, or in the interpreter."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def no_worse():
+    """no_worse(ours, theirs, exact, summands, name): our error is at most twice that of PyTorch's
+    operations in the same dtype (the criterion of FlashAttention's tests), in the Frobenius norm.
+    `exact` is float64; `summands` the size of what it adds up, itself where nothing cancels: 8
+    roundings of it in float32 are allowed where PyTorch happens to err by nothing."""
+
+    def check(ours, theirs, exact, summands, name=""):
+        assert ours.dtype == theirs.dtype and ours.shape == exact.shape, name
+        error, allowed = ((x.double() - exact).norm().item() for x in (ours, theirs))
+        slack = 8 * torch.finfo(torch.float32).eps * summands.norm().item() + 1e-30
+        assert error <= 2 * allowed + slack, f"{name}: error {error:.2e}, PyTorch's {allowed:.2e}"
+
+    return check
 
 
 @pytest.fixture
@@ -50,6 +90,117 @@ def write_folder():
                 mask[0, 0] = ignore
                 Image.fromarray(image).save(root / split / "images" / f"{name}.png")
                 Image.fromarray(mask).save(root / split / "masks" / f"{name}.png")
+        return root
+
+    return write
+
+
+@pytest.fixture
+def write_tiff():
+    """write_tiff(path, pixels (H, W, C), ...) writes what Pillow cannot -> path.
+
+    rows a strip, or tiles (height, width); planes apart; deflate; big-endian; BigTIFF; `tags` are
+    {number: (type, values)} that are added or replace ours.
+    """
+    letters = {1: "B", 2: "s", 3: "H", 4: "I", 12: "d", 16: "Q"}
+
+    def write(
+        path,
+        pixels,
+        rows=None,
+        tile=None,
+        planar=False,
+        deflate=False,
+        order="<",
+        big=False,
+        tags=(),
+    ):
+        H, W, C = pixels.shape
+        height, width = tile or (rows or H, W)
+        chunks = []
+        for bands in [[band] for band in range(C)] if planar else [[*range(C)]]:
+            for y in range(0, H, height):
+                for x in range(0, W, width):
+                    chunk = pixels[y : y + height, x : x + width][..., bands]
+                    if tile:
+                        missing = ((0, height - chunk.shape[0]), (0, width - chunk.shape[1]))
+                        chunk = np.pad(chunk, (*missing, (0, 0)))
+                    data = chunk.astype(chunk.dtype.newbyteorder(order)).tobytes()
+                    chunks.append(zlib.compress(data) if deflate else data)
+        body, offsets = b"".join(chunks), [16]  # a gap after the header of 8 or 16 bytes
+        for chunk in chunks:
+            offsets.append(offsets[-1] + len(chunk))
+        number = 16 if big else 4
+        entries = {
+            256: (4, [W]),
+            257: (4, [H]),
+            258: (3, [8 * pixels.itemsize] * C),
+            259: (3, [8 if deflate else 1]),
+            262: (3, [2 if C > 2 else 1]),
+            277: (3, [C]),
+            284: (3, [2 if planar else 1]),
+            324 if tile else 273: (number, offsets[:-1]),
+            325 if tile else 279: (number, [*map(len, chunks)]),
+        }
+        entries |= {322: (4, [width]), 323: (4, [height])} if tile else {278: (4, [height])}
+        entries |= {338: (3, [0] * (C - 3))} if C > 3 else {}
+        entries |= dict(tags)
+        count, entry, room = ("Q", "HHQ", 8) if big else ("H", "HHI", 4)
+        start = 16 + len(body)
+        after = start + struct.calcsize(order + count) + len(entries) * (4 + 2 * room) + room
+        table, values = struct.pack(order + count, len(entries)), b""
+        for tag, (kind, value) in sorted(entries.items()):
+            n = len(value)
+            data = value if kind == 2 else struct.pack(f"{order}{n}{letters[kind]}", *value)
+            if len(data) > room:
+                place = struct.pack(order + ("Q" if big else "I"), after + len(values))
+                values += data
+            else:
+                place = data.ljust(room, b"\0")
+            table += struct.pack(order + entry, tag, kind, n) + place
+        name = b"II" if order == "<" else b"MM"
+        head = struct.pack(order + "2sH", name, 43 if big else 42)
+        head += (
+            struct.pack(order + "HHQ", 8, 0, start) if big else struct.pack(order + "I8x", start)
+        )
+        path.write_bytes(head + body + table + bytes(room) + values)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def write_isprs(write_tiff):
+    """write_isprs(root, ...) makes a small ISPRS data set, one toy scene a split -> root.
+
+    Each image in each of `kinds`: RGB, IRRG (the red band stands for infrared) or RGBIR.
+    """
+
+    def write(root, data="potsdam", kinds=("RGB",), eroded=False, size=128, splits=SPLITS):
+        for number, split in enumerate(splits):
+            image, label = toy.scene(number, size)
+            tile = ISPRS[data].splits[split].split()[0]
+            infrared = (255 - image[..., 2:3] // 2).astype(np.uint8)  # bright where blue is not
+            images = {
+                "RGB": image,
+                "IRRG": np.concatenate([infrared, image[..., :2]], axis=2),
+                "RGBIR": np.concatenate([image, infrared], axis=2),
+            }
+            if data == "potsdam":
+                paths = {k: f"{k}/top_potsdam_{tile}_{k}.tif" for k in kinds}
+                labels = f"5_Labels_all/top_potsdam_{tile}_label.tif"
+            else:
+                paths = {"IRRG": f"top/top_mosaic_09cm_area{tile}.tif"}
+                labels = f"gts_for_participants/top_mosaic_09cm_area{tile}.tif"
+            for kind, path in paths.items():
+                (root / path).parent.mkdir(parents=True, exist_ok=True)
+                write_tiff(root / path, images[kind], rows=16, deflate=True)
+            colours = encode_colours(label, POTSDAM.colours)
+            for path in [labels] + [labels.replace(".tif", "_noBoundary.tif")] * eroded:
+                (root / path).parent.mkdir(parents=True, exist_ok=True)
+                if "noBoundary" in path:
+                    colours[::8] = 0
+                Image.fromarray(colours).save(root / path, compression="tiff_lzw")
         return root
 
     return write

@@ -1,10 +1,15 @@
 """kernels/attention.py: equal to the written-out softmax, in float64, whatever the layout."""
 
+import sys
+from itertools import product
+
 import pytest
 import torch
 
-from kernels import attention
-from kernels.attention import attention_reference
+from kernels import attention, force
+from kernels.attention import Blocks, attention_reference
+
+module = sys.modules["kernels.attention"]  # `kernels.attention` is the function
 
 
 def random_qkv(B, h, N, M, D, dtype=torch.float64):
@@ -72,3 +77,170 @@ def test_reference_gradients():
 def test_shapes_that_do_not_fit(q, k, v):
     with pytest.raises(ValueError, match="attention takes q"):
         attention(torch.zeros(q), torch.zeros(k), torch.zeros(v))
+
+
+# --- The kernels, against float64 -----------------------------------------------------------------
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Tiles of 16 queries and chunks of at most 32 keys, so that small shapes have several."""
+
+    def blocks(M, *_):
+        return Blocks(16, 16 if M <= 16 else 32, 4, 1)
+
+    monkeypatch.setattr(module, "forward_blocks", blocks)
+    monkeypatch.setattr(module, "backward_blocks", blocks)
+
+
+def results(function, inputs, upstream, scale=None):
+    """The output and the three gradients."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs, scale)
+    return out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out))
+
+
+def assert_no_worse(inputs, no_worse, scale=None):
+    upstream = torch.randn(inputs[0].shape, device=inputs[0].device)
+    with force("triton"):
+        ours = results(attention, inputs, upstream, scale)
+    theirs = results(attention_reference, inputs, upstream, scale)
+    exact = results(attention_reference, [x.double() for x in inputs], upstream, scale)
+    sizes = exact[0], *sizes_of_summands(inputs, upstream, scale), exact[3]
+    for name, *four in zip(("output", "dq", "dk", "dv"), ours, theirs, exact, sizes, strict=True):
+        no_worse(*four, name)
+
+
+def sizes_of_summands(inputs, upstream, scale):
+    """dq and dk add up scale p (dp - sum p dp) times a key or a query. Where one key has all the
+    weight the two dp are equal and both gradients 0, but for the rounding of dp."""
+    q, k, v, do = (x.double() for x in (*inputs, upstream))
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    p = torch.softmax(scale * q @ k.mT, dim=-1)
+    dp = do.abs() @ v.abs().mT
+    size = abs(scale) * p * (dp + (p * dp).sum(3, keepdim=True))
+    return size @ k.abs(), size.mT @ q.abs()
+
+
+LOW = [torch.float32, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(
+    "B, h, N, M, D",
+    [(2, 3, 63, 16, 16), (1, 2, 1, 63, 32), (2, 1, 16, 1, 64), (1, 1, 40, 40, 128)],
+)
+def test_kernels_are_no_worse(B, h, N, M, D, dtype, device, small_blocks, no_worse):
+    """Keys in one chunk and in several, full and not; queries in full tiles and not."""
+    assert_no_worse([x.to(device) for x in random_qkv(B, h, N, M, D, dtype)], no_worse)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("N, M, D", [(197, 63, 32), (70, 300, 16)])
+def test_kernels_with_the_blocks_as_shipped(N, M, D, dtype, device, no_worse):
+    assert_no_worse([x.to(device) for x in random_qkv(1, 1, N, M, D, dtype)], no_worse)
+
+
+def test_kernels_with_several_tiles_to_a_program(device, small_blocks, monkeypatch, no_worse):
+    """On a GPU large batches have them: here as if the batch were large."""
+    monkeypatch.setattr(module, "FORWARD_PROGRAMS", 2)
+    monkeypatch.setattr(module, "BACKWARD_PROGRAMS", 2)
+    assert_no_worse([x.to(device) for x in random_qkv(1, 2, 75, 40, 16, torch.float32)], no_worse)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "heads last", "every second row", "transposed"])
+def test_kernels_with_any_strides(layout, device, small_blocks, no_worse):
+    q, k, v = (x.to(device) for x in random_qkv(2, 2, 24, 20, 16, torch.float32))
+    if layout == "contiguous":
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    elif layout == "every second row":
+        q, k, v = (x.repeat_interleave(2, dim=2)[:, :, ::2] for x in (q, k, v))
+    elif layout == "transposed":  # the last dimension is not contiguous
+        q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
+    assert_no_worse([q, k, v], no_worse)
+
+
+@pytest.mark.parametrize("size", [10.0, 1000.0])
+def test_kernels_with_large_scores(size, device, small_blocks, no_worse):
+    """Scores of thousands: all weight on one key, and no overflow."""
+    q, k, v = (x.to(device) for x in random_qkv(1, 2, 20, 40, 16, torch.float32))
+    assert_no_worse([size * q, k, v], no_worse)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 2.0])
+def test_kernels_honour_the_scale(scale, device, small_blocks, no_worse):
+    inputs = [x.to(device) for x in random_qkv(1, 1, 20, 40, 16, torch.float32)]
+    assert_no_worse(inputs, no_worse, scale)
+
+
+def test_kernels_twice_the_same_bits(device, small_blocks):
+    inputs = [x.to(device) for x in random_qkv(2, 2, 40, 40, 16, torch.float32)]
+    upstream = torch.randn(inputs[0].shape)
+    with force("triton"):
+        one, two = (results(attention, inputs, upstream) for _ in "12")
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_registered_with_pytorch(device, small_blocks):
+    """Fake tensors, autograd and schema agree with what the operations do."""
+    # Without "test_aot_dispatch_dynamic": the interpreter wants numbers for sizes.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    inputs = [x.to(device).requires_grad_() for x in random_qkv(1, 2, 20, 18, 16, torch.float32)]
+    with force("triton"):
+        torch.library.opcheck(module.fused_attention, (*inputs, 0.25), test_utils=checks)
+        q, k, v = (x.detach() for x in inputs)
+        o, lse = module.fused_attention(q, k, v, 0.25)
+        arguments = (torch.randn_like(o), q, k, v, o, lse, 0.25)
+        torch.library.opcheck(module.fused_attention_backward, arguments, test_utils=checks)
+
+
+def test_kernels_compile_as_one_graph(device, small_blocks):
+    inputs = [x.to(device) for x in random_qkv(1, 2, 20, 18, 16, torch.float32)]
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    upstream = torch.randn(inputs[0].shape)
+    with force("triton"):
+        wanted = results(attention, inputs, upstream)
+        result = results(compiled, inputs, upstream)
+    for a, b in zip(result, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_kernels_refuse_a_second_derivative(device, small_blocks):
+    inputs = [x.to(device).requires_grad_() for x in random_qkv(1, 1, 4, 4, 16, torch.float32)]
+    with force("triton"):
+        (grad,) = torch.autograd.grad(attention(*inputs).sum(), inputs[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="has no second derivative"):
+            grad.sum().backward()
+
+
+@pytest.mark.parametrize("path", ["pytorch", "triton"])
+def test_autocast_lowers_the_precision(path, device, small_blocks):
+    """As PyTorch's own attention does; float16, which the interpreter can multiply."""
+    inputs = [x.to(device) for x in random_qkv(1, 1, 20, 18, 16, torch.float32)]
+    with force(path), torch.autocast(device.type, torch.float16):
+        result = attention(*inputs)
+        low = attention(*(x.half() for x in inputs))
+    assert result.dtype == torch.float16 and torch.equal(result, low)
+
+
+def test_what_no_kernel_can_do(device):
+    for inputs in (
+        random_qkv(1, 1, 4, 4, 16, torch.float64),
+        random_qkv(1, 1, 4, 4, 24, torch.float32),
+    ):
+        inputs = [x.to(device) for x in inputs]
+        with force("triton"), pytest.raises(ValueError, match="no kernel can run on"):
+            attention(*inputs)
+        attention(*inputs)  # PyTorch's own can
+
+
+@pytest.mark.parametrize("M, D, dtype", [*product((1, 63, 256, 1000), (16, 32, 64, 128), LOW)])
+@pytest.mark.parametrize("shared_memory", [99 * 1024, 227 * 1024])
+def test_blocks_are_what_triton_takes(M, D, dtype, shared_memory):
+    """Powers of two, no less than a matrix instruction's 16."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    for blocks in (module.forward_blocks, module.backward_blocks):
+        b = blocks(M, D, dtype, shared_memory)
+        assert all(n >= 16 and n & (n - 1) == 0 for n in b[:2])
+        assert b.warps in (4, 8)

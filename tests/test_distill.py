@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import collaborative_loss, reliability
-from kernels.distill import DIRECTIONS, kl_divergence
+from kernels import collaborative_loss, distill, force, reliability
+from kernels.distill import DIRECTIONS, collaborative_loss_reference, kl_divergence
 
 TERMS = ("cnn_ce", "transformer_ce", "cnn_to_transformer", "transformer_to_cnn")
 
@@ -288,3 +288,185 @@ def test_arguments_that_cannot_be_honoured(change, sentence):
     arguments = {"cnn_logits": cnn, "transformer_logits": transformer, "labels": labels} | change
     with pytest.raises(ValueError, match=sentence):
         collaborative_loss(**arguments)
+
+
+# --- Three ways to compute it ---------------------------------------------------------------------
+#
+# What the tests above see is the CPU's way, row by row. Here it and the kernels are held against
+# the reference in float64.
+
+
+@pytest.fixture
+def small_programs(monkeypatch):
+    """Blocks so small that a small image has several in each direction: 8 rows and 16 or 32 columns
+    of pixels for a program, or 8 rows for a chunk."""
+    monkeypatch.setattr(distill, "CHUNK", 512)
+    monkeypatch.setattr(distill, "CELL_ROWS", 2)
+    monkeypatch.setattr(distill, "FORWARD_LANES", 16)
+    monkeypatch.setattr(distill, "BACKWARD_LANES", 32)
+
+
+def terms_and_gradients(function, logits, labels, upstream, **options):
+    """The five terms, stacked, and the gradients of both logits."""
+    logits = [x.detach().requires_grad_() for x in logits]
+    loss = function(*logits, labels, **options)
+    total = sum(u * term for u, term in zip(upstream.to(loss[0]), loss[:4], strict=True))
+    return torch.stack(loss).detach(), *torch.autograd.grad(total, logits)
+
+
+def assert_no_worse(path, logits, labels, no_worse, **options):
+    upstream = torch.randn(4)
+    with force(path):
+        ours = terms_and_gradients(collaborative_loss, logits, labels, upstream, **options)
+    low = terms_and_gradients(collaborative_loss_reference, logits, labels, upstream, **options)
+    exact = [x.double() for x in logits]
+    exact = terms_and_gradients(collaborative_loss_reference, exact, labels, upstream, **options)
+    for name, *results in zip(("terms", "cnn", "transformer"), ours, low, exact, strict=True):
+        no_worse(*results, results[-1], name)
+
+
+def on(device, B, K, h, w, dtype, label_dtype=torch.int64, size=2.0):
+    cnn, transformer, labels = example(B, K, h, w)
+    logits = [(size * x).detach().to(device, dtype) for x in (cnn, transformer)]
+    return logits, labels.to(device, label_dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("path", ["pytorch", "triton"])
+@pytest.mark.parametrize(
+    "shape, label_dtype, options",
+    [
+        ((2, 5, 6, 7), torch.int64, {}),
+        ((1, 2, 3, 17), torch.uint8, {"direction": "mutual", "temperature": 2.0}),
+        ((3, 7, 1, 1), torch.uint8, {"kappa": 0.1, "temperature": 0.5}),
+        ((1, 16, 2, 5), torch.int32, {"direction": "transformer_to_cnn"}),
+        ((1, 3, 9, 4), torch.int64, {"direction": "cnn_to_transformer", "temperature": 3.0}),
+        ((1, 6, 4, 5), torch.uint8, {"direction": "none"}),
+    ],
+    ids=lambda x: "x".join(map(str, x)) if isinstance(x, tuple) else None,
+)
+def test_no_worse_than_the_reference(
+    path, dtype, shape, label_dtype, options, device, small_programs, no_worse
+):
+    logits, labels = on(device, *shape, dtype, label_dtype)
+    assert_no_worse(path, logits, labels, no_worse, **options)
+
+
+def test_blocks_as_shipped(device, no_worse):
+    """One image that needs two programs in each direction: 9 x 33 logits, 36 x 132 pixels."""
+    logits, labels = on(device, 1, 2, 9, 33, torch.float32)
+    assert_no_worse("triton", logits, labels, no_worse)
+
+
+@pytest.mark.parametrize("path", ["pytorch", "triton"])
+def test_logits_of_any_layout(path, device, small_programs, no_worse):
+    """Contiguous, channels last, and every second of a wider tensor."""
+    logits, labels = on(device, 2, 3, 2, 5, torch.float32)
+    wide = torch.randn(2, 6, 2, 10, device=device)
+    for layout in (
+        logits,
+        [x.contiguous(memory_format=torch.channels_last) for x in logits],
+        [wide[:, ::2, :, ::2], wide[:, 1::2, :, 1::2]],
+    ):
+        assert_no_worse(path, layout, labels, no_worse)
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4])
+@pytest.mark.parametrize("path", ["pytorch", "triton"])
+def test_extreme_logits(path, size, device, small_programs, no_worse):
+    logits, labels = on(device, 1, 4, 3, 5, torch.float32, size=size)
+    assert_no_worse(path, logits, labels, no_worse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_all_ignored_in_the_kernels(dtype, device, small_programs):
+    logits, labels = on(device, 2, 3, 2, 5, dtype)
+    with force("triton"):
+        terms, *grads = terms_and_gradients(
+            collaborative_loss, logits, torch.full_like(labels, 255), torch.ones(4)
+        )
+    assert not terms.any()
+    assert not any(grad.any() for grad in grads)
+
+
+def test_a_label_that_is_no_class_gives_nan(device, small_programs):
+    """A kernel cannot raise; training stops at a loss that is not finite."""
+    logits, labels = on(device, 1, 3, 2, 5, torch.float32)
+    labels[0, 5, 5] = 3
+    with force("triton"):
+        loss = collaborative_loss(*logits, labels)
+    assert loss.cnn_ce.isnan() and loss.transformer_ce.isnan()
+
+
+@pytest.mark.parametrize("path", ["pytorch", "triton"])
+def test_twice_the_same_bits(path, device, small_programs):
+    logits, labels = on(device, 1, 3, 5, 9, torch.float32)
+    with force(path):
+        one, two = (
+            terms_and_gradients(collaborative_loss, logits, labels, torch.ones(4)) for _ in "12"
+        )
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("path", ["pytorch", "triton"])
+def test_registered_with_pytorch(path, device, small_programs):
+    """Fake tensors, autograd and schema agree with what the operations do."""
+    logits, labels = on(device, 1, 3, 3, 5, torch.float32)
+    options = ("selective", 2.0, 0.5, 255)
+    # Without "test_aot_dispatch_dynamic": the interpreter wants numbers for sizes.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    with force(path):
+        inputs = [x.requires_grad_() for x in logits]
+        torch.library.opcheck(distill.fused_loss, (*inputs, labels, *options), test_utils=checks)
+        _, _, kept = distill.fused_loss(*inputs, labels, *options)
+        torch.library.opcheck(
+            distill.fused_loss_backward,
+            (torch.randn(4, device=device), kept.detach(), *inputs, labels, *options),
+            test_utils=checks,
+        )
+
+
+@pytest.mark.parametrize("path", ["pytorch", "triton"])
+def test_compiles_as_one_graph(path, device, small_programs):
+    logits, labels = on(device, 1, 3, 3, 5, torch.float32)
+    compiled = torch.compile(collaborative_loss, fullgraph=True, backend="aot_eager")
+    with force(path):
+        wanted = terms_and_gradients(collaborative_loss, logits, labels, torch.ones(4))
+        result = terms_and_gradients(compiled, logits, labels, torch.ones(4))
+    for a, b in zip(result, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("path", ["pytorch", "triton"])
+def test_second_derivative_is_refused(path, device, small_programs):
+    logits, labels = on(device, 1, 3, 2, 2, torch.float32)
+    logits = [x.requires_grad_() for x in logits]
+    with force(path):
+        loss = collaborative_loss(*logits, labels)
+        (grad,) = torch.autograd.grad(loss.cnn_ce, logits[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="has no second derivative"):
+            grad.sum().backward()
+
+
+@pytest.mark.parametrize("path", ["pytorch", "triton"])
+def test_autocast_changes_nothing(path, device, small_programs):
+    """The loss is computed in float32 wherever it is called."""
+    logits, labels = on(device, 1, 3, 5, 5, torch.float32)
+    with force(path):
+        wanted = terms_and_gradients(collaborative_loss, logits, labels, torch.ones(4))
+        with torch.autocast(device.type, torch.bfloat16):
+            result = terms_and_gradients(collaborative_loss, logits, labels, torch.ones(4))
+    for a, b in zip(result, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_no_kernel_can_do(device):
+    for logits, labels in (
+        on(device, 1, 3, 4, 4, torch.float64),
+        on(device, 1, 17, 4, 4, torch.float32),
+        (on(device, 1, 3, 4, 4, torch.float32)[0], torch.zeros(1, 8, 8).long().to(device)),
+    ):
+        with force("triton"), pytest.raises(ValueError, match="no kernel can run on"):
+            collaborative_loss(*logits, labels)
+        collaborative_loss(*logits, labels)  # the reference, or rows, can

@@ -1,168 +1,331 @@
-"""infer.py: windows leave no trace, memory is a band, and what is written can be read back."""
+"""infer.py: maps, scores and submissions as a user gets them, and what is said when they cannot."""
 
+import functools
+import io
 import json
+import shutil
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import data
 import infer
+import maps
 from checkpoint import CheckpointError
-from ctclm import CTCLM, ModelConfig, save_transformer
+from ctclm import CTCLM, ModelConfig, load_transformer, save_transformer
 from data import DataError
-from infer import axis_windows, evaluate, predict, predict_classes
+from labels import decode_colours
+from layouts import IGNORE, LOVEDA, POTSDAM
+from metrics import erode
+from raster import read_indices, read_tags
+from scenes import predict_classes
 
 ERRORS = (DataError, CheckpointError)
+SMALL = ("--window", 64)
 
 
-def random_image(H, W, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (H, W, 3), np.uint8)
+def random_image(H, W, C=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (H, W, C), np.uint8)
 
 
-class Pointwise(nn.Module):
-    """Logits from each pixel alone: whatever the windows, its map must be that of one pass."""
-
-    def __init__(self, K=4):
-        super().__init__()
-        self.conv = nn.Conv2d(3, K, 1)
-
-    def forward(self, images):
-        return self.conv(images / 100)
-
-
-# --- Windows ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.89])
-@pytest.mark.parametrize("window", [32, 64, 96])
-def test_weights_sum_to_one_at_every_pixel_of_every_length(window, overlap):
-    for length in range(1, 300):
-        starts, weights = axis_windows(length, window, overlap)
-        # Sums of at most ~10 float64 quotients.
-        np.testing.assert_allclose(weights.sum(0), 1, rtol=0, atol=1e-12)
-        assert (weights >= 0).all()
-        for start, row in zip(starts, weights, strict=True):
-            inside = row[start : start + window]
-            assert (inside > 0).all() and row.sum() == pytest.approx(inside.sum(), abs=1e-12)
-        assert starts[0] == 0 and starts[-1] == max(length - window, 0)
-        assert starts == sorted(set(starts))
-        gaps = np.diff(starts)
-        assert not len(gaps) or gaps.max() <= max(1, round(window * (1 - overlap)))
-
-
-def test_weights_by_hand():
-    """10 pixels, windows of 6, a third shared: starts 0 and 4, a ramp over pixels 4 and 5."""
-    starts, weights = axis_windows(10, 6, 1 / 3)
-    assert starts == [0, 4]
-    expected = [1, 1, 1, 1, 2 / 3, 1 / 3, 0, 0, 0, 0]
-    np.testing.assert_allclose(weights, [expected, expected[::-1]])
-
-
-@pytest.mark.parametrize("overlap", [0.0, 0.3, 0.7])
-@pytest.mark.parametrize("H, W", [(1, 1), (20, 33), (64, 64), (100, 131), (257, 65)])
-def test_windows_leave_no_trace(H, W, overlap):
-    model, image = Pointwise().eval(), random_image(H, W)
-    with torch.no_grad():
-        whole = model(torch.from_numpy(image).permute(2, 0, 1)[None].float()).softmax(1)[0]
-    bands = list(predict(model, image, window=64, overlap=overlap))
-    assert [top for top, _ in bands] == list(np.cumsum([0] + [p.shape[1] for _, p in bands[:-1]]))
-    blended = np.concatenate([p for _, p in bands], axis=1)
-    # Convex combinations of equal float32 probabilities.
-    np.testing.assert_allclose(blended, whole.numpy(), rtol=0, atol=1e-6)
-
-
-def test_bands_are_no_higher_than_a_window():
-    bands = [p.shape for _, p in predict(Pointwise(), random_image(500, 40), window=64)]
-    assert max(rows for _, rows, _ in bands) <= 64 and sum(rows for _, rows, _ in bands) == 500
-
-
-def test_low_resolution_logits_are_upsampled_in_place():
-    """A model at stride 4 that says where a bright stripe is: the map has it where it was."""
-    image = np.zeros((128, 128, 3), np.uint8)
-    image[32:64] = 255
-
-    def student(images):
-        bright = nn.functional.avg_pool2d(images[:, :1], 4) / 255
-        return torch.cat([1 - bright, bright], 1) * 20
-
-    classes, confidence = predict_classes(student, image, window=64, overlap=0.5)
-    assert np.array_equal(classes == 1, image[..., 0] > 0)
-    assert confidence.min() >= 0.5 and confidence.max() <= 1 + 1e-6
-
-
-def test_evaluate_sees_every_scene():
-    """A student that is right on half of the pixels, whatever the scene."""
-    label = np.tile(np.array([0, 1], np.uint8), (40, 20))
-    scenes = [data.Scene(str(i), random_image(40, 40, i), label) for i in range(3)]
-    classes = data.Classes(("a", "b"), ((0, 0, 0), (9, 9, 9)))
-
-    def always_a(images):
-        return torch.tensor([5.0, 0.0]).view(1, 2, 1, 1).expand(len(images), 2, *images.shape[-2:])
-
-    result = evaluate(always_a, data.Dataset(classes, scenes, []))
-    assert result["confusion_matrix"] == [[2400, 0], [2400, 0]]
-    assert result["oa"] == 0.5 and result["miou"] == 0.25
-    assert "overall accuracy  50.0" in infer.table(result, classes)
-    json.dumps(result, allow_nan=False)
-
-
-# --- The program --------------------------------------------------------------------------------
+def save_model(path, classes, in_channels=3, **about):
+    torch.manual_seed(0)
+    about |= {"classes": list(classes.names), "colours": [list(c) for c in classes.colours]}
+    config = ModelConfig(variant="tiny", num_classes=len(classes.names), in_channels=in_channels)
+    save_transformer(CTCLM(config), path, about)
+    return path
 
 
 @pytest.fixture(scope="module")
 def best(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("run") / "best.pt"
-    about = {
-        "classes": list(data.POTSDAM.names),
-        "colours": [list(colour) for colour in data.POTSDAM.colours],
-    }
-    save_transformer(CTCLM(ModelConfig(variant="tiny")), path, about)
-    return path
+    return save_model(tmp_path_factory.mktemp("run") / "best.pt", POTSDAM)
+
+
+@pytest.fixture(scope="module")
+def loveda_best(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("run") / "best.pt", LOVEDA, bands="rgb")
+
+
+@pytest.fixture
+def printed(capsys):
+    """printed(*arguments) runs infer.py, which must succeed -> stdout."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as ended, pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", ["infer.py", *map(str, arguments)])
+            infer.cli.run(infer.main, *ERRORS)
+        captured = capsys.readouterr()
+        assert not ended.value.code, captured.err
+        return captured.out
+
+    return call
+
+
+# --- Maps ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
+def test_maps_are_written(tmp_path, printed, best, suffix):
+    scene, out = tmp_path / f"scene{suffix}", tmp_path / "maps"
+    Image.fromarray(random_image(70, 90)).save(scene)
+    printed(best, scene, "--out", out, "--confidence", *SMALL)
+    image, kind = np.asarray(Image.open(scene)), ".tif" if suffix == ".tif" else ".png"
+    written = Image.open(out / f"scene_classes{kind}")
+    assert written.mode == "P" and written.size == (90, 70)
+    expected, confidence = predict_classes(load_transformer(best), image, window=64)
+    assert np.array_equal(np.asarray(written), expected)
+    palette = written.getpalette()[: 3 * 6]
+    assert palette == [value for colour in POTSDAM.colours for value in colour]
+    grey = np.asarray(Image.open(out / f"scene_confidence{kind}"))
+    assert np.abs(grey / 255 - confidence).max() <= 0.5 / 255 + 1e-6
+    assert Image.open(out / "scene_overlay.png").size[0] >= 90
+    assert len([*out.iterdir()]) == 3
+
+
+def test_a_map_lies_where_its_image_lies(tmp_path, printed, best, write_tiff):
+    place = {33550: (12, [0.5, 0.5, 0.0]), 33922: (12, [0.0, 0.0, 0.0, 3e5, 5e6, 0.0])}
+    keys = {34735: (3, [1, 1, 0, 1, 3072, 0, 1, 25833])}
+    write_tiff(tmp_path / "a.tif", random_image(40, 50), tags=place | keys | {42113: (2, b"0\0")})
+    (tmp_path / "a.tfw").write_text("0.5\n0\n0\n-0.5\n300000.25\n4999999.75\n")
+    Image.fromarray(random_image(40, 50)).save(tmp_path / "b.png")
+    (tmp_path / "b.pgw").write_text("1\n0\n0\n-1\n0.5\n-0.5\n")
+    out = tmp_path / "maps"
+    printed(best, tmp_path / "a.tif", tmp_path / "b.png", "--out", out, "--confidence", *SMALL)
+    for kind in ("classes", "confidence"):
+        tags = read_tags(out / f"a_{kind}.tif")
+        assert {tag: tags[tag] for tag in place | keys} == {
+            tag: (number, tuple(values)) for tag, (number, values) in (place | keys).items()
+        }
+        assert 42113 not in tags
+        for name, side in ((f"a_{kind}.tfw", "a.tfw"), (f"b_{kind}.pgw", "b.pgw")):
+            assert (out / name).read_bytes() == (tmp_path / side).read_bytes()
+
+
+def test_a_map_of_four_bands(tmp_path, printed, write_tiff):
+    best = save_model(tmp_path / "best.pt", POTSDAM, in_channels=4, bands="rgbir")
+    image = random_image(64, 64, 4)
+    out = printed(best, write_tiff(tmp_path / "a.tif", image), "--out", tmp_path / "m", *SMALL)
+    assert "was trained on rgbir: the images' bands are taken for these" in out
+    expected, _ = predict_classes(load_transformer(best), image, window=64)
+    assert np.array_equal(read_indices(tmp_path / "m/a_classes.tif"), expected)
+    blind, _ = predict_classes(
+        load_transformer(best), image * np.array([1, 1, 1, 0], np.uint8), window=64
+    )
+    assert not np.array_equal(blind, expected)  # the fourth band is seen
+
+
+def test_tta_is_another_map(tmp_path, printed, best):
+    Image.fromarray(random_image(64, 64)).save(tmp_path / "a.png")
+    printed(best, tmp_path / "a.png", "--out", tmp_path / "m", "--tta", *SMALL)
+    expected, _ = predict_classes(load_transformer(best), random_image(64, 64), window=64, tta=True)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "m/a_classes.png")), expected)
+
+
+class Greys(torch.nn.Module):
+    """A student that costs nothing: dark, bright and what lies between."""
+
+    about = {"classes": ["a", "b", "c"], "colours": [[0, 0, 0], [99, 99, 99], [255, 0, 0]]}
+
+    def forward(self, images):
+        levels = torch.tensor([0.0, 128.0, 255.0]).view(1, 3, 1, 1)
+        return -((images[:, :1] - levels).abs()) / 10
+
+
+def test_memory_is_that_of_a_band_however_high_the_scene(tmp_path, write_tiff, monkeypatch):
+    """All that Python and numpy allocate from reading to writing, for a scene ten times as high."""
+    monkeypatch.setattr(infer.pictures, "LARGEST_OVERLAY", 64)
+    monkeypatch.setattr(maps, "STRIP", 2**12)
+    options, peaks = {"window": 64, "overlap": 0.25, "device": "cpu"}, []
+    for height in (640, 640, 6400):  # the first time is a warm-up
+        image = random_image(height, 96)
+        path = write_tiff(tmp_path / f"{height}.tif", image, rows=16, deflate=True)
+        tracemalloc.start()
+        infer.write_map(Greys(), path, tmp_path, True, options)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        expected, _ = predict_classes(Greys(), image, window=64)
+        assert np.array_equal(read_indices(tmp_path / f"{height}_classes.tif"), expected)
+    # What grows are the places of the strips and a row of weights a window, 0.2 MB of 5760 rows:
+    # less than half a byte a pixel, so no array of the scene's size is held anywhere.
+    assert peaks[2] - peaks[1] < 0.5 * (6400 - 640) * 96, peaks
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_maps_are_written(tmp_path, program, best, suffix):
-    image = random_image(70, 90)
-    Image.fromarray(image).save(tmp_path / f"scene{suffix}")
-    out = tmp_path / "maps"
-    code, error = program(
-        infer.main, ERRORS, best, tmp_path / f"scene{suffix}", "--out", out, "--confidence"
-    )
-    assert (code, error) == (0, "")
-    written = Image.open(out / f"scene_classes{suffix}")
-    assert written.mode == "P" and written.size == (90, 70)
-    expected, confidence = predict_classes(infer.load_transformer(best), image)
-    assert np.array_equal(np.asarray(written), expected)
-    palette = written.getpalette()[: 3 * 6]
-    assert palette == [value for colour in data.POTSDAM.colours for value in colour]
-    grey = np.asarray(Image.open(out / f"scene_confidence{suffix}"))
-    assert np.abs(grey / 255 - confidence).max() <= 0.5 / 255 + 1e-6
-    assert Image.open(out / "scene_overlay.png").size[0] >= 90
+def test_an_interrupted_map_leaves_nothing(tmp_path, program, best, monkeypatch, suffix):
+    Image.fromarray(random_image(200, 64)).save(tmp_path / f"a{suffix}")
+    predict = infer.predict
+
+    def interrupted(*arguments, **options):
+        yield next(predict(*arguments, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer, "predict", interrupted)
+    arguments = (best, tmp_path / f"a{suffix}", "--out", tmp_path / "m", "--confidence", *SMALL)
+    assert program(infer.main, ERRORS, *arguments)[0] == 130
+    assert not [*(tmp_path / "m").iterdir()]
 
 
-def test_options_may_stand_before_the_image(tmp_path, program, best):
+def test_options_may_stand_before_the_image(tmp_path, printed, best):
     Image.fromarray(random_image(40, 40)).save(tmp_path / "a.png")
-    code, _ = program(
-        infer.main, ERRORS, best, "--window", 64, tmp_path / "a.png", "--out", tmp_path / "m"
-    )
-    assert code == 0 and (tmp_path / "m" / "a_classes.png").exists()
+    printed(best, *SMALL, tmp_path / "a.png", "--out", tmp_path / "m")
+    assert (tmp_path / "m" / "a_classes.png").exists()
 
 
-def test_scores_are_printed(tmp_path, program, best, capsys):
-    data.write_toy(tmp_path, scenes_per_split=1)
-    arguments = (best, "--data", "potsdam", "--root", tmp_path, "--split", "test")
-    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["infer.py", *map(str, arguments)])
-        infer.cli.run(infer.main, *ERRORS)
-    out = capsys.readouterr().out
-    assert "low vegetation" in out and "overall accuracy" in out and "boundary F1" in out
+# --- Scores -------------------------------------------------------------------------------------
 
 
-def bad_call(how, tmp_path, best):
+@pytest.fixture(scope="module")
+def potsdam(tmp_path_factory):
+    """One toy tile a split in Potsdam's layout, 96 x 80, with full and with eroded labels."""
+    root = tmp_path_factory.mktemp("potsdam")
+    data.write_toy(root, scenes_per_split=1)
+    (root / "5_Labels_all_noBoundary").mkdir()
+    for path in root.glob("*/*.tif"):
+        with Image.open(path) as image:
+            piece = np.asarray(image)[:96, :80].copy()
+        Image.fromarray(piece).save(path)
+        if path.parent.name == "5_Labels_all":
+            label = decode_colours(piece, POTSDAM.colours)
+            piece[erode(label).numpy() == IGNORE] = 0
+            name = path.name.replace("_label", "_label_noBoundary")
+            Image.fromarray(piece).save(root / "5_Labels_all_noBoundary" / name)
+    return root
+
+
+@pytest.fixture
+def small_patches(monkeypatch):
+    """GeoSeg's patches of 64 instead of 1024 pixels, mmsegmentation's crops of 50."""
+    monkeypatch.setattr(infer, "evaluate", functools.partial(infer.evaluate, patch=64, crop=50))
+
+
+def test_scores_are_printed(potsdam, printed, best):
+    out = printed(best, "--data", "potsdam", "--root", potsdam, "--split", "test", *SMALL)
+    for words in ("low vegetation", "overall accuracy", "boundary F1", "on potsdam, test split"):
+        assert words in out
+    assert "mmseg" not in out and "orientation" not in out
+
+
+def test_every_protocol_is_printed_and_kept(tmp_path, potsdam, printed, best, small_patches):
+    arguments = (best, "--data", "potsdam", "--root", potsdam, "--out", tmp_path / "s", "--tta")
+    out = printed(*arguments, "--protocol", "all", *SMALL)
+    assert out.index("one orientation") < out.index("averaged over eight orientations")
+    entry = json.loads((tmp_path / "s/metrics.json").read_text())
+    assert entry["data"] == "potsdam" and entry["split"] == "val" and entry["scenes"] == 1
+    names = ["full", "full-no-clutter", "full-clutter-dropped"]
+    names += [name.replace("full", "eroded") for name in names]
+    names += ["geoseg", "geoseg-padding", "mmseg"]
+    for kind in ("plain", "tta"):
+        rows = {row["name"]: row for row in entry[kind]["conventions"]}
+        assert list(rows) == names
+        for row in rows.values():
+            line = f"    {row['meaning']}; {row['pixels']:,} pixels of 1 scene\n"
+            assert out.count(line) == 2  # below its numbers, of each kind
+        # 96 x 80 is padded to 128 x 128; in crops of 50, 4 rows and 20 columns count twice
+        assert rows["full"]["pixels"] == 96 * 80 > rows["eroded"]["pixels"]
+        assert rows["geoseg-padding"]["pixels"] == rows["geoseg"]["pixels"] + 128**2 - 96 * 80
+        assert 0 < rows["mmseg"]["pixels"] - rows["eroded"]["pixels"] <= 100 * 100 - 96 * 80
+        assert rows["full"]["miou"] == entry[kind]["miou"]
+    assert entry["plain"]["miou"] != entry["tta"]["miou"]
+
+
+def test_protocols_of_only_eroded_labels(tmp_path, potsdam, printed, best, small_patches):
+    for folder in ("2_Ortho_RGB", "5_Labels_all_noBoundary"):
+        shutil.copytree(potsdam / folder, tmp_path / folder)
+    out = printed(best, "--data", "potsdam", "--root", tmp_path, "--protocol", "geoseg", *SMALL)
+    assert "only the label with eroded boundaries is there" in out
+    assert "geoseg-padding" in out and "full labels" not in out and "mmseg" not in out
+
+
+def write_loveda(root, splits=("Val",), numbers=(1, 2), size=(40, 48)):
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for number, domain in zip(numbers, ("Urban", "Rural"), strict=True):
+            for kind in ("images_png", "masks_png") if split != "Test" else ("images_png",):
+                (root / split / domain / kind).mkdir(parents=True)
+                array = rng.integers(0, *((256, (*size, 3)) if kind[0] == "i" else (8, size)))
+                path = root / split / domain / kind / f"{number}.png"
+                Image.fromarray(array.astype(np.uint8)).save(path)
+    return root
+
+
+def test_loveda_is_scored_per_domain(tmp_path, printed, loveda_best):
+    write_loveda(tmp_path)
+    arguments = (loveda_best, "--data", "loveda", "--root", tmp_path, "--protocol", "all", *SMALL)
+    out = printed(*arguments, "--out", tmp_path / "s")
+    entry = json.loads((tmp_path / "s/metrics.json").read_text())["plain"]
+    assert set(entry["domains"]) == {"urban", "rural"}
+    assert "\nurban  " in out and "\nrural  " in out
+    assert [row["name"] for row in entry["conventions"]] == ["full"]
+
+
+# --- LoveDA's submission ------------------------------------------------------------------------
+
+
+def test_the_submission(tmp_path, printed, loveda_best, monkeypatch):
+    monkeypatch.setattr(infer, "LOVEDA_TEST", range(4191, 4193))
+    write_loveda(tmp_path, ("Test",), (4191, 4192))
+    target = tmp_path / "out" / "loveda.zip"
+    arguments = (loveda_best, "--data", "loveda", "--root", tmp_path, "--submission", target)
+    assert "2 single-band PNGs with values 0..6, read back" in printed(*arguments, *SMALL)
+    with zipfile.ZipFile(target) as archive:
+        assert sorted(archive.namelist()) == ["4191.png", "4192.png"]
+        image = Image.open(io.BytesIO(archive.read("4192.png")))
+    scene = np.asarray(Image.open(tmp_path / "Test/Rural/images_png/4192.png"))
+    expected, _ = predict_classes(load_transformer(loveda_best), scene, window=64)
+    assert image.mode == "L" and np.array_equal(np.asarray(image), expected)
+    assert [*target.parent.iterdir()] == [target]
+
+
+def grey(values, mode="L"):
+    picture = io.BytesIO()
+    Image.fromarray(np.array(values, np.uint8)).convert(mode).save(picture, "PNG")
+    return picture.getvalue()
+
+
+SUBMISSIONS = {
+    "a name missing": ([("1.png", grey([[6]]))], "holds 1 files, not 2: look at 2.png"),
+    "a folder": ([("a/1.png", grey([[0]])), ("2.png", grey([[0]]))], "look at 1.png"),
+    "a name too many": ([(f"{n}.png", grey([[0]])) for n in (1, 2, 3)], "look at 3.png"),
+    "a name twice": ([(f"{n}.png", grey([[0]])) for n in (1, 2, 2)], "look at 2.png"),
+    "a value too high": ([("1.png", grey([[6]])), ("2.png", grey([[7]]))], "2.png is L, .*up to 7"),
+    "another size": ([("1.png", grey([[6]])), ("2.png", grey([[1, 1]]))], r"2.png is L, \(1, 2\)"),
+    "colours": ([("1.png", grey([[6]])), ("2.png", grey([[1]], "RGB"))], "2.png is RGB"),
+    "a palette": ([("1.png", grey([[6]], "P")), ("2.png", grey([[1]]))], "1.png is P"),
+}
+
+
+@pytest.mark.parametrize("how", SUBMISSIONS)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_submission_the_server_would_refuse_is_refused_here(tmp_path, how):
+    files, message = SUBMISSIONS[how]
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in files:
+            archive.writestr(name, content)
+    with pytest.raises(DataError, match=message):
+        infer.check_submission(file, "s.zip", {"1.png": (1, 1), "2.png": (1, 1)}, 7)
+
+
+def test_a_submission_that_fails_its_check_does_not_appear(
+    tmp_path, program, loveda_best, monkeypatch
+):
+    monkeypatch.setattr(infer, "LOVEDA_TEST", range(1, 3))
+    write_loveda(tmp_path, ("Test",))
+    monkeypatch.setattr(infer, "predict_classes", lambda *_, **__: (np.full((40, 48), 7, "u1"), 0))
+    arguments = ("--data", "loveda", "--root", tmp_path, "--submission", tmp_path / "s.zip")
+    code, error = program(infer.main, ERRORS, loveda_best, *arguments)
+    assert code == 2 and "up to 7; expected one band, (40, 48), up to 6" in error
+    assert not [*tmp_path.glob("*s.zip*")]
+
+
+# --- Bad calls ----------------------------------------------------------------------------------
+
+
+def bad_call(how, tmp_path, best, write_tiff):
     good = tmp_path / "a.png"
     Image.fromarray(random_image(40, 40)).save(good)
     text = tmp_path / "text.png"
@@ -172,6 +335,30 @@ def bad_call(how, tmp_path, best):
     Image.fromarray(random_image(40, 40)).save(other / "a.png")
     grey = tmp_path / "grey.png"
     Image.new("L", (40, 40)).save(grey)
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(good.read_bytes()[:-500])
+    tiff = tmp_path / "x.tif"
+    if how == "a truncated TIFF":
+        Image.fromarray(random_image(40, 40)).save(tiff)
+        tiff.write_bytes(tiff.read_bytes()[:-7])
+    elif how == "16 bits":
+        write_tiff(tiff, random_image(40, 40).astype(np.uint16))
+    elif how == "five bands":
+        write_tiff(tiff, random_image(40, 40, 5))
+    elif how == "infrared":
+        write_tiff(tiff, random_image(40, 40, 4))
+    elif how == "transparency":
+        write_tiff(tiff, random_image(40, 40, 4), tags={338: (3, [2])})
+    elif how == "two pages":
+        page = Image.fromarray(random_image(40, 40))
+        page.save(tiff, save_all=True, append_images=[page])
+    to_loveda = ("--data", "loveda", "--root", tmp_path)
+    zipped = ("--submission", tmp_path / "s.zip")
+    if how in ("not the test set", "an image of another name"):
+        number = (4191, 4192) if how == "not the test set" else (4191, 77)
+        write_loveda(tmp_path, ("Test",), number)
+    elif how == "unlabelled split":
+        write_loveda(tmp_path, ("Test",))
     return {
         "no such checkpoint": (tmp_path / "none.pt", good),
         "an image as checkpoint": (good, good),
@@ -189,7 +376,32 @@ def bad_call(how, tmp_path, best):
         "not a number": (best, good, "--window", "wide"),
         "no cuda": (best, good, "--device", "cuda"),
         "no root": (best, "--data", "potsdam"),
-        "unlabelled split": (best, "--data", "loveda", "--root", tmp_path, "--split", "test"),
+        "a truncated TIFF": (best, tiff),
+        "a truncated PNG": (best, cut),
+        "16 bits": (best, tiff),
+        "five bands": (best, tiff),
+        "infrared": (best, tiff),
+        "transparency": (best, tiff),
+        "two pages": (best, tiff),
+        "one bad image of two": (best, good, grey),
+        "a file as folder": (best, good, "--out", text),
+        "protocol of images": (best, good, "--protocol", "all"),
+        "cache of images": (best, good, "--cache", tmp_path),
+        "split of images": (best, good, "--split", "val"),
+        "root of images": (best, good, "--root", tmp_path),
+        "confidence of scores": (best, "--data", "toy", "--confidence"),
+        "unknown protocol": (best, "--data", "toy", "--protocol", "mine"),
+        "no eroded labels": (best, "--data", "toy", "--protocol", "geoseg", *SMALL),
+        "submission of potsdam": (best, "--data", "potsdam", "--root", tmp_path, *zipped),
+        "submission of images": (best, good, *zipped),
+        "submission of val": (best, *to_loveda, *zipped, "--split", "val"),
+        "submission with scores": (best, *to_loveda, *zipped, "--protocol", "all"),
+        "submission is no zip": (best, *to_loveda, "--submission", tmp_path / "s.tar"),
+        "no test images": (best, *to_loveda, *zipped),
+        "not the test set": (best, *to_loveda, *zipped),
+        "an image of another name": (best, *to_loveda, *zipped),
+        "unlabelled split": (best, *to_loveda, "--split", "test"),
+        "empty data set": (best, *to_loveda, "--split", "val"),
     }[how]
 
 
@@ -210,23 +422,58 @@ FAULTS = {
     "not a number": "argument --window: invalid int value: 'wide'",
     "no cuda": "has no CUDA GPU",
     "no root": "--data potsdam needs --root",
-    "unlabelled split": "holds no Urban",
+    "a truncated TIFF": "x.tif: is truncated (7 bytes are missing)",
+    "a truncated PNG": "cut.png: is damaged",
+    "16 bits": "x.tif: has 16 bits per band; convert it to 8 bits first",
+    "five bands": "x.tif: has 5 bands; an image has 3, or 4 with infrared",
+    "infrared": "x.tif: has 4 bands, but ",
+    "transparency": "x.tif: is RGBA, not RGB; remove the transparency first",
+    "two pages": "x.tif: holds more than one image",
+    "one bad image of two": "grey.png: is L, not RGB",
+    "a file as folder": "text.png: must be a folder, but there is a file",
+    "protocol of images": "--protocol goes with --data, not with images",
+    "cache of images": "--cache goes with --data, not with images",
+    "split of images": "--split goes with --data, not with images",
+    "root of images": "--root goes with --data, not with images",
+    "confidence of scores": "--confidence goes with images, not with --data",
+    "unknown protocol": "argument --protocol: invalid choice: 'mine'",
+    "no eroded labels": "--protocol geoseg: takes labels with eroded boundaries",
+    "submission of potsdam": "--submission is for --data loveda",
+    "submission of images": "--submission goes with --data, not with images",
+    "submission of val": "--submission is of the test split",
+    "submission with scores": "--protocol does not go with --submission",
+    "submission is no zip": "--submission must end in .zip",
+    "no test images": "holds no Urban",
+    "not the test set": "is not LoveDA's test set of 1796 images: 4193.png is missing",
+    "an image of another name": "is not LoveDA's test set of 1796 images: 4192.png is missing",
+    "unlabelled split": "has no labels to score against",
+    "empty data set": "holds no Urban",
 }
 
 
 @pytest.mark.parametrize("how", FAULTS)
-def test_bad_calls_get_one_sentence_and_exit_2(tmp_path, program, best, how):
+def test_bad_calls_get_one_sentence_and_exit_2(
+    tmp_path, program, best, loveda_best, write_tiff, how, monkeypatch
+):
     if how == "no cuda" and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA GPU")
-    code, error = program(infer.main, ERRORS, *bad_call(how, tmp_path, best))
+    monkeypatch.chdir(tmp_path)
+    arguments = bad_call(how, tmp_path, best, write_tiff)
+    if "loveda" in arguments:
+        arguments = (loveda_best, *arguments[1:])
+    code, error = program(infer.main, ERRORS, *arguments)
     assert code == 2
     assert FAULTS[how] in error and error.count("\n") == 1 and "Traceback" not in error
+    assert not [*tmp_path.glob("**/*_classes*"), *tmp_path.glob("**/.*")]
 
 
-def test_another_data_sets_checkpoint_is_refused(tmp_path, program, best):
-    (tmp_path / "val/images").mkdir(parents=True), (tmp_path / "val/masks").mkdir()
-    (tmp_path / "classes.json").write_text('{"classes": ["road", "house"]}')
-    Image.fromarray(random_image(40, 40)).save(tmp_path / "val/images/a.png")
-    Image.new("L", (40, 40)).save(tmp_path / "val/masks/a.png")
-    code, error = program(infer.main, ERRORS, best, "--data", "folder", "--root", tmp_path)
-    assert code == 2 and "was trained on impervious" in error and "has road, house" in error
+def test_another_data_sets_checkpoint_is_refused(tmp_path, program, best, write_folder):
+    write_folder(tmp_path / "mine")
+    code, error = program(infer.main, ERRORS, best, "--data", "folder", "--root", tmp_path / "mine")
+    assert code == 2 and "was trained on impervious" in error and "has a, b, c" in error
+
+
+def test_the_bands_of_a_checkpoint_are_named(tmp_path, program, loveda_best, write_tiff):
+    write_tiff(tmp_path / "x.tif", random_image(40, 40, 4))
+    code, error = program(infer.main, ERRORS, loveda_best, tmp_path / "x.tif")
+    assert code == 2 and error.endswith("was trained on 3 (rgb)\n")

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import boundary_counts, boundary_f1, confusion_matrix, conventions, erode, scores
+from metrics import (
+    boundary_counts,
+    boundary_f1,
+    confusion_matrix,
+    conventions,
+    crop_counts,
+    erode,
+    scores,
+)
 
 X = 255
 
@@ -111,6 +119,8 @@ def test_scores_by_hand():
     assert result["miou"] == pytest.approx(1.4 / 3)
     assert result["mf1"] == pytest.approx((2 / 3 + 4 / 7 + 2 / 3) / 3)
     assert result["oa"] == 5 / 8
+    assert result["recall"] == pytest.approx([2 / 3, 2 / 3, 1 / 2])
+    assert result["macc"] == pytest.approx((2 / 3 + 2 / 3 + 1 / 2) / 3)
     # chance = (3 * 3 + 3 * 4 + 2 * 1) / 64 = 23 / 64; (5 / 8 - 23 / 64) / (1 - 23 / 64)
     assert result["kappa"] == pytest.approx(17 / 41)
 
@@ -175,33 +185,112 @@ ERODED = torch.tensor([[5, 0, 1], [0, 3, 0], [1, 0, 0]])
 
 def test_conventions_by_hand():
     rows = {row.name: row for row in conventions(FULL, ERODED, clutter=2)}
-    expected = {
+    expected = {  # miou, mf1, macc, oa, oa without clutter, kappa
         # rows 8 4 4, columns 8 5 3, 16 pixels; IoU 6/10 4/5 2/5, F1 12/16 8/9 4/7, chance 96
-        "full": (1.8 / 3, (3 / 4 + 8 / 9 + 4 / 7) / 3, 12 / 16, (192 - 96) / (256 - 96)),
-        "full-no-clutter": (1.4 / 2, (3 / 4 + 8 / 9) / 2, 12 / 16, (192 - 96) / (256 - 96)),
+        "full": (1.8 / 3, (3 / 4 + 8 / 9 + 4 / 7) / 3, (6 / 8 + 1 + 2 / 4) / 3, 12 / 16, 10 / 12)
+        + ((192 - 96) / (256 - 96),),
+        "full-no-clutter": (1.4 / 2, (3 / 4 + 8 / 9) / 2, (6 / 8 + 1) / 2, 12 / 16, 10 / 12)
+        + ((192 - 96) / (256 - 96),),
         # rows 8 4, columns 6 5 1, 12 pixels; IoU 6/8 4/5, F1 12/14 8/9, chance 48 + 20
-        "full-clutter-dropped": (1.55 / 2, (6 / 7 + 8 / 9) / 2, 10 / 12, (120 - 68) / (144 - 68)),
+        "full-clutter-dropped": (1.55 / 2, (6 / 7 + 8 / 9) / 2, (6 / 8 + 1) / 2, 10 / 12, 10 / 12)
+        + ((120 - 68) / (144 - 68),),
         # rows 6 3 1, columns 6 3 1, 10 pixels; IoU 5/7 1 0, F1 5/6 1 0, chance 46
-        "mmseg": (12 / 7 / 3, 11 / 6 / 3, 8 / 10, (80 - 46) / (100 - 46)),
-        "geoseg": (12 / 7 / 2, 11 / 6 / 2, 8 / 10, (80 - 46) / (100 - 46)),
+        "eroded": (12 / 7 / 3, 11 / 6 / 3, 11 / 6 / 3, 8 / 10, 8 / 9, (80 - 46) / (100 - 46)),
+        "eroded-no-clutter": (12 / 7 / 2, 11 / 6 / 2, 11 / 6 / 2, 8 / 10, 8 / 9)
+        + ((80 - 46) / (100 - 46),),
         # rows 6 3, columns 5 3 1, 9 pixels; IoU 5/6 1, F1 10/11 1, chance 39
-        "eroded-clutter-dropped": (11 / 6 / 2, 21 / 11 / 2, 8 / 9, (72 - 39) / (81 - 39)),
+        "eroded-clutter-dropped": (11 / 6 / 2, 21 / 11 / 2, 11 / 6 / 2, 8 / 9, 8 / 9)
+        + ((72 - 39) / (81 - 39),),
     }
+    expected["geoseg"] = expected["eroded-no-clutter"]  # the same pixels, classes and formulas
     assert list(rows) == list(expected)
     for name, values in expected.items():
         row = rows[name]
-        assert (row.miou, row.mf1, row.oa, row.kappa) == pytest.approx(values), name
-        assert row.meaning.startswith(name.split("-")[0] if "full" in name else "eroded"), name
-        assert ("all 3 classes" in row.meaning) == (name in ("full", "mmseg")), name
+        assert row[3:9] == pytest.approx(values), name
+        assert row.boundary_f1 is None
+        assert row.meaning.startswith("full labels" if "full" in name else "eroded labels"), name
+        assert ("all 3 classes" in row.meaning) == (name in ("full", "eroded")), name
+        assert row.pixels == {"f": 16, "e": 10, "g": 10}[name[0]] - (
+            {"f": 4, "e": 1}[name[0]] if "dropped" in name else 0
+        )
     assert FULL[2].sum() == 4 and ERODED[2].sum() == 1  # the matrices given are not written to
 
 
-def test_conventions_without_eroded_labels_or_without_clutter():
+def test_conventions_without_eroded_or_full_labels_or_without_clutter():
     assert [row.name for row in conventions(FULL)] == ["full"]
-    assert [row.name for row in conventions(FULL, ERODED)] == ["full", "mmseg"]
+    assert conventions(FULL)[0].oa_without_clutter is None
+    absent = conventions([[3, 0, 1], [0, 0, 0], [0, 0, 0]])[0]  # class 1
+    assert absent.meaning == "full labels; mean over all 3 classes, 1 of which occurs nowhere"
+    assert [row.name for row in conventions(FULL, ERODED)] == ["full", "eroded"]
     names = [row.name for row in conventions(FULL, None, clutter=0)]
     assert names == ["full", "full-no-clutter", "full-clutter-dropped"]
     assert conventions(FULL, clutter=0)[1].miou == pytest.approx((4 / 5 + 2 / 5) / 2)
+    names = [row.name for row in conventions(None, ERODED, clutter=2)]
+    assert names == ["eroded", "eroded-no-clutter", "eroded-clutter-dropped", "geoseg"]
+
+
+def test_boundaries_belong_to_full_labels_and_their_classes():
+    counts = torch.tensor([[4, 4, 4, 4], [4, 2, 4, 2], [4, 0, 4, 0]])  # F1 1, 1/2, 0
+    rows = {row.name: row for row in conventions(FULL, ERODED, clutter=2, boundary=counts)}
+    assert rows["full"].boundary_f1 == pytest.approx(1.5 / 3)
+    assert rows["full-no-clutter"].boundary_f1 == pytest.approx(1.5 / 2)
+    assert {rows[name].boundary_f1 for name in rows if "full" not in name} == {None}
+
+
+def test_geosegs_padding_counts_as_class_0():
+    # GeoSeg pads a tile and, under albumentations 1, labels the padding impervious. Predicted
+    # there: 7 pixels of class 0, 2 of class 1, 1 of class 2. Class 0 gains 7 hits and 3 misses.
+    padding = torch.tensor([7, 2, 1])
+    row = {r.name: r for r in conventions(None, ERODED, clutter=2, padding=padding)}[
+        "geoseg-padding"
+    ]
+    # [[12, 2, 2], [0, 3, 0], [1, 0, 0]]: IoU 12/17 3/5, F1 24/29 6/8, 20 pixels, 15 right
+    assert row.miou == pytest.approx((12 / 17 + 3 / 5) / 2)
+    assert row.mf1 == pytest.approx((24 / 29 + 6 / 8) / 2)
+    assert (row.oa, row.oa_without_clutter, row.pixels) == (15 / 20, 15 / 19, 20)
+    assert ERODED[0].tolist() == [5, 0, 1]
+
+
+def test_geosegs_f1_leaves_out_a_class_without_a_hit():
+    matrix = torch.tensor([[5, 1, 0], [2, 0, 0], [0, 0, 3]])  # class 1: precision 0, recall 0
+    rows = {row.name: row for row in conventions(None, matrix, clutter=2)}
+    assert rows["geoseg"].mf1 == pytest.approx(10 / 13)  # 2 * 5 / (6 + 7), the only one
+    assert rows["eroded-no-clutter"].mf1 == pytest.approx(10 / 13 / 2)
+    assert rows["geoseg"].miou == rows["eroded-no-clutter"].miou == pytest.approx(5 / 8 / 2)
+
+
+def test_crops_by_hand():
+    # 10 long, crops of 4: 0..3, 4..7, and 8..11 moved back to 6..9, so 6 and 7 are in two
+    assert crop_counts(10, 4).tolist() == [1, 1, 1, 1, 1, 1, 2, 2, 1, 1]
+    assert crop_counts(8, 4).tolist() == [1] * 8
+    assert crop_counts(5, 4).tolist() == [1, 2, 2, 2, 1]
+    assert crop_counts(3, 4).tolist() == [1, 1, 1]
+
+
+def test_a_potsdam_tile_has_twelve_crops_an_axis():
+    counts = crop_counts(6000, 512)
+    assert counts.sum() == 12 * 512 and counts.max() == 2
+    assert np.flatnonzero(counts == 2).tolist() == [*range(6000 - 512, 11 * 512)]
+
+
+def test_pixels_count_as_often_as_mmsegmentations_crops_hold_them():
+    # 3 x 3 in crops of 2: both axes count 1 2 1, so the middle counts 4 times, its neighbours 2.
+    axis = crop_counts(3, 2)
+    times = np.outer(axis, axis)
+    assert times.tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
+    # truth 0 0 1 / 0 1 1 / 2 2 X, predicted 0 1 1 / 0 1 0 / 2 1 0, times 1 2 1 / 2 4 2 / 1 2 1
+    # 0->0: 1 + 2, 0->1: 2; 1->1: 1 + 4, 1->0: 2; 2->2: 1, 2->1: 2
+    crops = confusion_matrix(PREDICTION, TRUTH, 3, times=times)
+    assert crops.tolist() == [[3, 2, 0], [2, 5, 0], [0, 2, 1]] and crops.dtype == torch.int64
+    # as the crops themselves, one by one
+    pieces = [np.s_[y : y + 2, x : x + 2] for y in (0, 1) for x in (0, 1)]
+    parts = [confusion_matrix(PREDICTION[piece], TRUTH[piece], 3) for piece in pieces]
+    assert torch.equal(sum(parts), crops)
+    row = conventions(None, confusion_matrix(PREDICTION, TRUTH, 3), clutter=2, crops=crops)[-1]
+    # rows 5 7 3, columns 5 9 1, 15 counts, 9 right: what it prints are aAcc, mIoU, mAcc
+    assert row.name == "mmseg" and row.pixels == 15
+    assert (row.oa, row.miou) == pytest.approx((9 / 15, (3 / 7 + 5 / 11 + 1 / 3) / 3))
+    assert row.macc == pytest.approx((3 / 5 + 5 / 7 + 1 / 3) / 3)
 
 
 # --- Erosion ------------------------------------------------------------------------------------

@@ -1,36 +1,36 @@
 """pictures.py: the right colours at the right places."""
 
 import numpy as np
-from PIL import Image
+import pytest
 
 import pictures
-from data import IGNORE, POTSDAM
-
-
-def test_class_map_keeps_indices_and_shows_colours(tmp_path):
-    labels = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    for name in ("map.png", "map.tif"):
-        pictures.save_class_map(labels, POTSDAM.colours, tmp_path / name)
-        read = Image.open(tmp_path / name)
-        assert np.array_equal(np.asarray(read), labels)
-        assert read.convert("RGB").getpixel((1, 0)) == POTSDAM.colours[1]
+from layouts import IGNORE, POTSDAM
 
 
 def test_overlay_blends_the_classes_colours():
     image = np.full((300, 400, 3), 100, np.uint8)
     labels = np.zeros((300, 400), np.uint8)
     labels[:, 200:] = 4  # car, yellow
-    sheet = pictures.overlay(image, labels, POTSDAM)
+    overlay = pictures.Overlay((300, 400), POTSDAM)
+    overlay.add(0, image, labels)
+    sheet = overlay.picture()
     assert sheet.width == 400 and sheet.height > 300  # a legend below
     assert sheet.getpixel((300, 100)) == (169, 169, 55)  # 0.55 * 100 + 0.45 * (255, 255, 0)
 
 
-def test_overlay_of_a_large_scene_is_reduced(monkeypatch):
-    monkeypatch.setattr(pictures, "LARGEST_OVERLAY", 100)
-    sheet = pictures.overlay(
-        np.zeros((300, 200, 3), np.uint8), np.zeros((300, 200), np.uint8), POTSDAM
-    )
-    assert sheet.height <= 100 + 40
+@pytest.mark.parametrize("cuts", [(0,), (0, 1, 2, 50, 51, 120), (0, 7, 95)])
+def test_overlay_of_a_large_scene_shows_every_nth_pixel_whatever_the_bands(monkeypatch, cuts):
+    monkeypatch.setattr(pictures, "LARGEST_OVERLAY", 50)
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (130, 101, 4), np.uint8)  # the infrared is not shown
+    labels = rng.integers(0, 6, (130, 101), np.uint8)
+    overlay = pictures.Overlay(labels.shape, POTSDAM)
+    for top, bottom in zip(cuts, (*cuts[1:], 130), strict=True):
+        overlay.add(top, image[top:bottom], labels[top:bottom])
+    assert overlay.step == 3  # 130 / 50, rounded up
+    assert np.array_equal(overlay.image, image[::3, ::3, :3])
+    assert np.array_equal(overlay.labels, labels[::3, ::3])
+    assert overlay.picture().height == 44 + 26
 
 
 def test_gate_colours():

@@ -46,6 +46,7 @@ def test_a_run_leaves_what_it_promises(small, tmp_path, program):
     code, error = program(train.main, ERRORS, *arguments, "--steps", 6, "--batch", 2, "--crop", 32)
     assert (code, error) == (0, "")
     assert {path.name for path in config.out.iterdir()} == {
+        "cache",
         "config.json",
         "log.csv",
         "metrics.json",
@@ -135,6 +136,7 @@ def test_interrupted_program_saves_first(small, number):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
     )
     while not process.stdout.readline().startswith("deployed:"):
         assert process.poll() is None, process.stderr.read()
@@ -259,6 +261,53 @@ def test_decorrelation_alone_aligns_nothing(small):
     torch.testing.assert_close(losses.total, wanted)
 
 
+# --- Data ---------------------------------------------------------------------------------------
+
+
+def test_channels_follow_the_data(small, tmp_path, write_isprs):
+    """Red, green, blue and infrared, from the files to best.pt."""
+    root = write_isprs(tmp_path / "potsdam", kinds=("RGB", "RGBIR"))
+    run_ = run(small(data="potsdam", root=root, bands="rgbir", steps=2, rare=0.5))
+    student = load_transformer(run_.config.out / "best.pt")
+    assert student.about["bands"] == "rgbir" and run_.windows.rare == 0.5
+    assert student(torch.zeros(1, 4, 64, 64)).shape[:2] == (1, 6)
+    mean = student.normalise.mean.flatten()
+    assert mean[3] == pytest.approx(mean[:3].mean().item())  # infrared: as the others on average
+    plain = run(small(data="potsdam", root=root, steps=1, out=tmp_path / "plain"))
+    assert load_transformer(plain.config.out / "best.pt").about["bands"] == "rgb"
+
+
+def test_a_cache_is_shared_and_no_part_of_the_run(small, tmp_path):
+    cache = tmp_path / "shared"
+    first = run(small(steps=1, cache=cache))
+    files = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    second = run(small(steps=1, cache=cache, out=tmp_path / "other"))
+    assert files == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert not (first.config.out / "cache").exists()
+    assert "cache" not in first.config.saved()
+    third = run(small(steps=1, out=tmp_path / "third"))
+    for other in (second, third):
+        assert torch.equal(first.model.cnn.stem[0].weight, other.model.cnn.stem[0].weight)
+
+
+def test_a_run_that_only_has_a_cache_may_start(small):
+    config = small(steps=1)
+    mask = config.root / "val/masks/x.png"
+    good = mask.read_bytes()
+    Image.new("L", (96, 64), 9).save(mask)
+    with pytest.raises(DataError, match="has the value 9"):
+        train.Run(config)
+    assert (config.out / "cache").is_dir()
+    mask.write_bytes(good)
+    train.Run(config)
+
+
+def test_no_tile_is_in_both_sets(small, tmp_path, write_isprs):
+    root = write_isprs(tmp_path / "potsdam")
+    with pytest.raises(DataError, match="2_11_RGB.tif: is in the training and in the validation"):
+        train.Run(small(data="potsdam", root=root, train_tiles=("2_10", "2_11")))
+
+
 # --- Refusals -----------------------------------------------------------------------------------
 
 BAD_OPTIONS = {
@@ -280,6 +329,15 @@ BAD_OPTIONS = {
     "--validations 0": "--validations must be positive",
     "--labelled 99": "--labelled 99, but there are 24 training scenes",
     "--teacher x.pt": "--teacher, a CNN that does not learn, needs --students both",
+    "--rare 1.5": "--rare is a share, 0 to 1; got 1.5",
+    "--rare often": "invalid float value: 'often'",
+    "--max-unknown -1": "--max-unknown is a share, 0 to 1; got -1.0",
+    "--bands grey": "invalid choice: 'grey'",
+    "--bands irrg": "it takes no --root, no tiles, no bands",
+    "--data potsdam --root . --cache README.md": "no top_potsdam",
+    "--data vaihingen --root .": "holds no top_mosaic_09cm_areaNUMBER.tif",
+    "--data loveda --root .": "holds no Urban/images_png/N.png",
+    "--data folder --root .": "classes.json: no such file",
 }
 
 
@@ -308,8 +366,8 @@ def test_resuming_with_other_options_is_refused(small):
 def test_validation_without_labels_is_refused(small, monkeypatch):
     load = train.load
 
-    def unlabelled(*arguments):
-        dataset = load(*arguments)
+    def unlabelled(*arguments, **options):
+        dataset = load(*arguments, **options)
         scenes = [scene._replace(label=None) for scene in dataset.scenes]
         return dataset._replace(scenes=scenes) if arguments[2] == "val" else dataset
 

@@ -1,0 +1,126 @@
+"""Decoded arrays on disk: made once, whole or not at all, read a piece at a time.
+
+    cache = Cache(Path("runs/potsdam/cache"))
+    name = cache.name(source, "image")                  # changes when the source file does
+    image = cache.find(name) or cache.keep(name, shape, blocks)     # a Map
+    image[1000:1512, 2000:2512]                         # reads these pixels, and no others
+
+Any number of processes may share a folder: a file is written under a name of its own and renamed
+when it is complete, so a name in use is always a whole array, and who comes second replaces it by
+the same bytes. An interrupted decode removes its file; what a killed process left is removed by a
+later one. Nothing else is ever removed: delete the folder when no run needs it.
+"""
+
+import errno
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from raster import DataError
+
+VERSION = 1  # of what is decoded: a change makes older files unknown
+ABANDONED = 600  # seconds since the last byte was written to a temporary file
+
+
+class Map(np.lib.mixins.NDArrayOperatorsMixin):
+    """An array in a .npy file; every access maps it anew and reads what it asks for.
+
+    So no file stays open (LoveDA has more images than a process may have open files) and no page
+    stays resident: a memory map that is kept grows with every pixel that was ever touched, to the
+    size of the whole data set. It costs a sixth of the windows' rate (NOTES.md).
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = {(1, 0): np.lib.format.read_array_header_1_0}[version]
+            self.shape, _, self.dtype = read(file)
+            self.offset = file.tell()
+        self.size = int(np.prod(self.shape))
+        self.ndim = len(self.shape)
+        if path.stat().st_size != self.offset + self.size * self.dtype.itemsize:
+            raise ValueError(f"{path} is not whole")
+
+    def open(self) -> np.ndarray:
+        try:
+            mapped = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+        except FileNotFoundError:
+            raise DataError(f"{self.path}: was removed while in use; start again") from None
+        return mapped.view(np.ndarray)
+
+    def __getitem__(self, area) -> np.ndarray:
+        return self.open()[area]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.array(self.open(), dtype, copy=copy)
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        arrays = (i.open() if isinstance(i, Map) else i for i in inputs)
+        return getattr(ufunc, method)(*arrays, **options)
+
+
+class Cache:
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise DataError(f"{self.folder}: --cache must be a folder") from None
+        for path in self.folder.glob(".*.tmp"):
+            try:
+                if time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
+            except FileNotFoundError:  # another process was faster
+                pass
+
+    def name(self, source: Path, what: str) -> str:
+        """Of the file for `source` as it is now; `what` says how it was decoded."""
+        status, path = source.stat(), source.resolve()
+        key = (str(path), status.st_size, status.st_mtime_ns, what, VERSION)
+        return f"{source.stem}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
+
+    def find(self, name: str) -> Map | None:
+        """The array, if it is here and whole."""
+        try:
+            return Map(self.folder / f"{name}.npy")
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+
+    def keep(self, name: str, shape, dtype, blocks: Iterable[np.ndarray]) -> Map:
+        """Write the blocks one below the other. What interrupts them leaves nothing behind."""
+        path = self.folder / f"{name}.npy"
+        temporary = self.folder / f".{name}.{uuid.uuid4().hex}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                # Ordinary writes: on a full disk a memory map would end the process by a signal.
+                header = {"shape": shape, "fortran_order": False, "descr": np.dtype(dtype).str}
+                np.lib.format.write_array_header_1_0(file, header)
+                for block in blocks:
+                    file.write(np.ascontiguousarray(block, dtype).data)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.replace(temporary, path)
+            except PermissionError:  # Windows, where another process has the same bytes mapped
+                if not path.exists():
+                    raise
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            size = np.prod(shape) * np.dtype(dtype).itemsize / 1e6
+            raise DataError(
+                f"{self.folder}: the disk is full (this array needs {size:.0f} MB); make room or "
+                f"choose another --cache"
+            ) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        return Map(path)

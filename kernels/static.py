@@ -1,0 +1,219 @@
+"""What the compiler makes of every kernel that is shipped, on a machine without a GPU.
+
+    python -m kernels.static                 # a table: registers, spills, shared memory, ...
+    python -m kernels.static --json FILE     # the same as data
+
+Triton compiles for a GPU that is not there, and NVIDIA's cuobjdump, which comes with it, reads the
+result. So three things that make a kernel slow without making it wrong can be seen, and tested,
+anywhere: registers that spill to memory, more shared memory than a processor has, and products
+that do not reach the matrix units.
+
+Block sizes come from the functions that the launches ask. A build is one of these for one dtype;
+"ragged" has sizes that are no multiple of anything. Of the loss there are a usual and the largest
+K, in the direction that does most; what is left out of these takes less of everything.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from kernels.attention import HEAD_DIMENSIONS, backward_blocks, forward_blocks
+from kernels.attention import backward_kernel as attention_backward
+from kernels.attention import forward_kernel as attention_forward
+from kernels.choose import INTERPRETED, triton
+from kernels.distill import BACKWARD_LANES, CELL_ROWS, FORWARD_LANES
+from kernels.distill import backward_kernel as loss_backward
+from kernels.distill import forward_kernel as loss_forward
+
+# Bytes of shared memory that one program may have, by compute capability (CUDA C++ Programming
+# Guide, table "Technical Specifications per Compute Capability").
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MATRIX_INSTRUCTIONS = {80: r"\bmma\.sync", 90: r"\bwgmma\.mma_async", 100: r"\btcgen05\.mma"}
+
+
+class Build(NamedTuple):
+    name: str
+    kernel: object
+    types: dict[str, str]  # of the parameters that are not i32
+    constants: dict[str, object]
+    warps: int
+    stages: int
+    ragged: bool = False
+    matrix: bool = False  # has products, in a dtype that matrix units take
+
+
+class Compiled(NamedTuple):
+    build: str
+    arch: int
+    registers: int  # of each thread, 255 at most
+    spilled: int  # bytes of each thread
+    shared: int  # bytes of a program
+    warps: int
+    matrix: int  # instructions of the generation's own kind
+    older_matrix: int  # mma.sync, which every generation has
+
+
+def builds(arch: int) -> list[Build]:
+    return attention_builds(SHARED_MEMORY[arch]) + loss_builds()
+
+
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def attention_builds(shared_memory: int) -> list[Build]:
+    """M = 256 fills one chunk; M = 1000 needs several, the last one in part, as float32 always
+    does."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for D in HEAD_DIMENSIONS:
+            for M in (256, 1000) if dtype != torch.float32 else (1000,):
+                ragged, matrix = M == 1000, dtype != torch.float32
+                same = {name: f"*{TYPES[dtype]}" for name in ("q", "k", "v", "o", "do", "dq")}
+                types = same | {"lse": "*fp32", "scale": "fp32", "scale_2": "fp32"}
+                name = f"{TYPES[dtype]} D={D} M={M}"
+                b = forward_blocks(M, D, dtype, shared_memory)
+                chunks = triton.cdiv(M, b.keys)
+                sizes = {"D": D, "QUERIES": b.queries, "KEYS": b.keys, "RAGGED": M % b.keys != 0}
+                constants = sizes | {"TILES": 8, "CHUNKS": chunks}
+                found.append(
+                    Build(
+                        f"attention forward {name}",
+                        attention_forward,
+                        types,
+                        constants,
+                        b.warps,
+                        b.stages,
+                        ragged,
+                        matrix,
+                    )  # fmt: skip
+                )
+                b = backward_blocks(M, D, dtype, shared_memory)
+                sizes = {"D": D, "QUERIES": b.queries, "KEYS": b.keys, "RAGGED": M % b.keys != 0}
+                constants = sizes | {"TILES": 8, "ACCUMULATE": M > b.keys}
+                types |= {"dk": "*fp32", "dv": "*fp32"}
+                if M > b.keys:  # several chunks of keys add up dq
+                    types |= {"dq": "*fp32"}
+                found.append(
+                    Build(
+                        f"attention backward {name}",
+                        attention_backward,
+                        types,
+                        constants,
+                        b.warps,
+                        b.stages,
+                        ragged,
+                        matrix,
+                    )  # fmt: skip
+                )
+    return found
+
+
+def loss_builds() -> list[Build]:
+    found = []
+    for K, T, ragged in ((7, 1.0, False), (16, 1.0, False), (16, 2.0, True)):
+        logits = {name: "*bf16" for name in ("cnn", "transformer", "student", "peer", "gradient")}
+        types = logits | {"labels": "*i64", "sums": "*fp32", "scale": "*fp32", "kappa": "fp32"}
+        constants = {"K": K, "T": T, "DIRECTION": "selective", "ROWS": CELL_ROWS}
+        forward = constants | {"LANES": FORWARD_LANES}
+        found.append(
+            Build(f"loss forward K={K} T={T:g}", loss_forward, types, forward, 4, 3, ragged)
+        )
+        for student in ("cnn", "transformer"):
+            backward = constants | {"LANES": BACKWARD_LANES, "STUDENT": student}
+            name = f"loss backward K={K} T={T:g} {student}"
+            found.append(Build(name, loss_backward, types, backward, 2, 3, ragged))
+    return found
+
+
+def compile_for(build: Build, arch: int) -> Compiled:
+    """Raises what Triton raises when a kernel does not compile."""
+    names = build.kernel.arg_names
+    signature = {
+        name: "constexpr" if name in build.constants else build.types.get(name, "i32")
+        for name in names
+    }
+    aligned = [
+        i
+        for i, name in enumerate(names)
+        if signature[name].startswith("*")
+        or (signature[name] == "i32" and name not in ("N", "M", "h", "w") * build.ragged)
+    ]
+    source = triton.compiler.ASTSource(
+        build.kernel,
+        signature,
+        {name: build.constants[name] for name in names if name in build.constants},
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    compiled = triton.compile(
+        source,
+        target=triton.backends.compiler.GPUTarget("cuda", arch, 32),
+        options={"num_warps": build.warps, "num_stages": build.stages},
+    )
+    used = resources(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return Compiled(
+        build.name,
+        arch,
+        used["REG"],
+        used["STACK"] + used["LOCAL"],
+        compiled.metadata.shared,
+        build.warps,
+        len(re.findall(MATRIX_INSTRUCTIONS[arch], ptx)),
+        len(re.findall(r"\bmma\.sync", ptx)),
+    )
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL, ... of the one kernel in a binary, as cuobjdump prints them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [tool, "--dump-resource-usage", path]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", printed)}
+
+
+def compile_all(archs=tuple(SHARED_MEMORY)) -> list[Compiled]:
+    work = [(build, arch) for arch in archs for build in builds(arch)]
+    with ThreadPoolExecutor(os.cpu_count()) as executor:
+        return list(executor.map(lambda pair: compile_for(*pair), work))
+
+
+def table(found: list[Compiled]) -> str:
+    lines = [
+        "| kernel | sm | warps | registers | spilled | shared memory, KiB | matrix instructions |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for c in found:
+        lines.append(
+            f"| {c.build} | {c.arch} | {c.warps} | {c.registers} | {c.spilled} | "
+            f"{c.shared / 1024:.1f} | {c.matrix} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as data too")
+    options = parser.parse_args()
+    if triton is None or INTERPRETED:
+        parser.error("needs Triton, and TRITON_INTERPRET not set")
+    found = compile_all()
+    print(table(found))
+    if options.json:
+        rows = [c._asdict() for c in found]
+        entry = {"triton": triton.__version__, "torch": torch.__version__, "builds": rows}
+        options.json.write_text(json.dumps(entry, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""What is made from an image, written by rows, at the image's own place on the ground.
+
+    with create("map.tif", (H, W), colours, georeference("scene.tif")) as file:
+        file.append(rows)                       # (any number, W) uint8, from top to bottom
+
+Memory is a strip of rows. GeoTIFF tags and world files of the image are carried as they are: a
+map has the image's pixels.
+"""
+
+import os
+import struct
+import zlib
+from contextlib import contextmanager
+from glob import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from raster import (
+    BANDS,
+    BITS,
+    COMPRESSION,
+    HEIGHT,
+    PALETTE,
+    PHOTOMETRIC,
+    ROWS_PER_STRIP,
+    STRIP_BYTES,
+    STRIP_OFFSETS,
+    WIDTH,
+    DataError,
+    Tags,
+    directory,
+    header,
+    read_tags,
+    tiff_start,
+)
+
+# --- Georeference -------------------------------------------------------------------------------
+
+# Pixel scale, tie points, transformation, keys, and the keys' numbers and texts. Not 42113, the
+# image's no-data value, which means nothing in a map of classes.
+GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+WORLD_FILES = {  # the endings in use for each format; .wld and .prj go with any
+    "TIFF": (".tfw", ".tifw", ".tiffw", ".wld", ".prj"),
+    "PNG": (".pgw", ".pngw", ".wld", ".prj"),
+    "JPEG": (".jgw", ".jpgw", ".jpegw", ".wld", ".prj"),
+}
+
+
+class Georeference(NamedTuple):
+    """Where an image lies: its GeoTIFF tags, and the files beside it by their ending."""
+
+    tags: Tags
+    files: dict[str, bytes]
+
+
+def georeference(path: Path) -> Georeference:
+    """What `path` and the files beside it say about its place; empty when they say nothing."""
+    path, form, files = Path(path), header(path).format, {}
+    for side in sorted(path.parent.glob(f"{escape(path.stem)}.*")):
+        if side.stem == path.stem and side.suffix.lower() in WORLD_FILES[form]:
+            files[side.suffix.lower()] = side.read_bytes()
+    tags = read_tags(path) if form == "TIFF" else {}
+    return Georeference({tag: tags[tag] for tag in GEO_TAGS if tag in tags}, files)
+
+
+def save_side_files(place: Georeference, path: Path) -> None:
+    """The side files under the name of `path` and the ending its format has for them."""
+    world = {".tif": ".tfw", ".png": ".pgw"}[Path(path).suffix]
+    for ending, content in place.files.items():
+        ending = ending if ending in (".wld", ".prj") else world
+        Path(path).with_suffix(ending).write_bytes(content)
+
+
+# --- Writing ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def whole(path: Path):
+    """A file, open for writing, that takes the name `path` when the block ends without exception.
+
+    Until then it is a temporary one beside it: an interrupted run leaves nothing that looks whole.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def create(path: Path, shape, colours=None, place: Georeference | None = None):
+    """A Writer of a new .tif or .png of one band of 8 bits, shape (H, W), in a `with` block.
+
+    `colours` make it a palette image, without them it is grey; `place` is carried along.
+    """
+    kind = {".tif": TiffWriter, ".png": PngWriter}[Path(path).suffix]
+    place = place or Georeference({}, {})
+    with whole(path) as file:
+        writer = kind(file, path, shape, colours, place.tags)
+        yield writer
+        if writer.rows != shape[0]:
+            raise ValueError(f"{path}: {writer.rows} of {shape[0]} rows were written")
+        writer.finish()
+        save_side_files(place, path)
+
+
+class Writer:
+    """What `create` gives: `append` takes the rows from top to bottom."""
+
+    def __init__(self, file, path: Path, shape, colours, tags: Tags):
+        self.file, self.path, (self.height, self.width) = file, path, shape
+        self.colours, self.tags = colours, tags
+        self.rows = 0  # so far
+        self.start()
+
+    def append(self, rows: np.ndarray) -> None:
+        """The next rows, (any number, W) uint8."""
+        if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != self.width:
+            raise ValueError(f"rows of {self.width} bytes are expected, not {rows.shape}")
+        self.rows += len(rows)
+        self.write(rows)
+
+
+STRIP = 2**18  # bytes in a strip before it is compressed
+
+
+class TiffWriter(Writer):
+    """Strips of rows, each compressed with deflate; the directory comes last."""
+
+    def start(self) -> None:
+        if self.height * self.width >= 2**32 - 2**26:  # what deflate cannot shrink grows a little
+            raise DataError(f"{self.path}: would not fit into the 4 GiB of a TIFF")
+        self.strip = max(1, STRIP // self.width)  # rows
+        self.offsets, self.sizes, self.waiting = [], [], np.empty((0, self.width), np.uint8)
+        self.file.write(tiff_start(0))
+
+    def write(self, rows: np.ndarray) -> None:
+        self.waiting = np.concatenate([self.waiting, rows])
+        while len(self.waiting) >= self.strip:
+            self.write_strip()
+
+    def write_strip(self) -> None:
+        rows, self.waiting = self.waiting[: self.strip], self.waiting[self.strip :]
+        self.offsets.append(self.file.tell())
+        self.sizes.append(self.file.write(zlib.compress(rows)))
+
+    def finish(self) -> None:
+        if len(self.waiting):
+            self.write_strip()
+        tags = self.tags | {
+            WIDTH: (4, (self.width,)),
+            HEIGHT: (4, (self.height,)),
+            BITS: (3, (8,)),
+            COMPRESSION: (3, (8,)),
+            PHOTOMETRIC: (3, (3 if self.colours else 1,)),
+            BANDS: (3, (1,)),
+            ROWS_PER_STRIP: (4, (self.strip,)),
+            STRIP_OFFSETS: (4, tuple(self.offsets)),
+            STRIP_BYTES: (4, tuple(self.sizes)),
+        }
+        if self.colours:
+            palette = np.zeros((256, 3), np.uint16)
+            palette[: len(self.colours)] = self.colours
+            tags[PALETTE] = (
+                3,
+                tuple((257 * palette.T.ravel()).tolist()),
+            )  # all reds, greens, blues
+        self.file.write(b"\0" * (self.file.tell() % 2))
+        offset = self.file.tell()
+        self.file.write(directory(tags, offset))
+        self.file.seek(0)
+        self.file.write(tiff_start(offset))
+
+
+class PngWriter(Writer):
+    """One stream of deflate, cut into a chunk for every call."""
+
+    def start(self) -> None:
+        self.deflate = zlib.compressobj()
+        colour_type = 3 if self.colours else 0
+        self.file.write(b"\x89PNG\r\n\x1a\n")
+        sizes = struct.pack(">IIBBBBB", self.width, self.height, 8, colour_type, 0, 0, 0)
+        self.write_chunk(b"IHDR", sizes)
+        if self.colours:
+            self.write_chunk(b"PLTE", np.array(self.colours, np.uint8).tobytes())
+
+    def write(self, rows: np.ndarray) -> None:
+        lines = np.pad(rows, ((0, 0), (1, 0)))  # each line begins with its filter, 0: none
+        if data := self.deflate.compress(lines.tobytes()):
+            self.write_chunk(b"IDAT", data)
+
+    def write_chunk(self, kind: bytes, data: bytes) -> None:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        self.file.write(struct.pack(">I", len(data)) + kind + data + check)
+
+    def finish(self) -> None:
+        self.write_chunk(b"IDAT", self.deflate.flush())
+        self.write_chunk(b"IEND", b"")

@@ -1,0 +1,41 @@
+"""kernels/choose.py: one rule for what runs, and one way to override it."""
+
+import pytest
+import torch
+
+from kernels import choose, force
+
+
+@pytest.fixture
+def x():
+    return torch.zeros(1)
+
+
+def test_the_rule(x, monkeypatch, device):
+    monkeypatch.setattr(choose, "_forced", None)
+    monkeypatch.setattr(choose, "INTERPRETED", False)
+    assert choose.use_triton(x.to(device)) == (device.type == "cuda")
+    monkeypatch.setattr(choose, "INTERPRETED", True)
+    assert choose.use_triton(x)
+    assert not choose.use_triton(x, fits=False)
+    monkeypatch.setattr(choose, "triton", None)
+    assert not choose.use_triton(x)
+
+
+def test_force_nests_and_ends(x, monkeypatch):
+    monkeypatch.setattr(choose, "_forced", None)
+    monkeypatch.setattr(choose, "INTERPRETED", choose.triton is not None)
+    with force("pytorch"):
+        assert not choose.use_triton(x)
+        with force("triton"):
+            assert choose.use_triton(x) or choose.triton is None
+        assert not choose.use_triton(x)
+    assert choose._forced is None
+
+
+def test_what_cannot_be_forced_is_said(x):
+    with force("triton"), pytest.raises(ValueError, match=r"no kernel can run on torch.float32 of"):
+        choose.use_triton(x, fits=False)
+    with pytest.raises(ValueError, match='force takes "pytorch" or "triton"; got \'cuda\''):
+        with force("cuda"):
+            pass

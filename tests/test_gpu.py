@@ -1,0 +1,149 @@
+"""What only a GPU can show: python -m pytest -m gpu"""
+
+import pytest
+import torch
+
+from ctclm import CTCLM, ModelConfig
+from kernels import attention, collaborative_loss, force
+from kernels.attention import attention_reference
+from kernels.bench import labels_for, logits, losses, qkv
+from kernels.distill import DIRECTIONS, collaborative_loss_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU"),
+]
+BF16, CUDA = torch.bfloat16, torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def without_triton():
+    """Replaces conftest's: here the rule of kernels/choose.py holds."""
+
+
+def outputs_and_gradients(function, inputs, upstream):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    return out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out))
+
+
+def assert_no_worse(ours, reference, inputs, no_worse):
+    """Also: twice the same bits."""
+    upstream = torch.randn(ours(*inputs).shape, device=CUDA)
+    results = outputs_and_gradients(ours, inputs, upstream)
+    low = outputs_and_gradients(reference, inputs, upstream)
+    exact = outputs_and_gradients(reference, [x.double() for x in inputs], upstream)
+    for i, (a, b, e) in enumerate(zip(results, low, exact, strict=True)):
+        no_worse(a, b, e, e, f"tensor {i}")
+    for a, b in zip(results, outputs_and_gradients(ours, inputs, upstream), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "B, h, N, M, D",
+    [
+        (4, 1, 16384, 256, 32),  # stages 1 to 4 of a crop of 512 pixels
+        (4, 1, 16384, 256, 64),
+        (4, 2, 4096, 256, 64),
+        (4, 5, 1024, 256, 32),
+        (4, 8, 256, 256, 64),
+        (2, 3, 1000, 777, 16),  # nothing a multiple of anything, several chunks of keys
+        (2, 3, 1000, 777, 128),
+        (1, 1, 1, 1, 64),
+    ],
+)
+def test_attention(B, h, N, M, D, dtype, no_worse):
+    if (M, dtype) == (1, torch.float32):
+        pytest.skip(
+            "one key, float32: both gradients are 0 but for rounding, see test_attention.py"
+        )
+    inputs = qkv(B, h, N, M, D, dtype, CUDA)
+    if M == 1:  # dq and dk are 0 but for rounding
+        assert torch.equal(attention(*inputs), inputs[2])
+        return
+    assert_no_worse(attention, attention_reference, inputs, no_worse)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("K, h, w", [(2, 128, 128), (7, 128, 128), (16, 64, 128), (6, 37, 203)])
+def test_loss(K, h, w, dtype, no_worse):
+    ours, reference = losses(labels_for(4, h, w, K, CUDA))
+    assert_no_worse(ours, reference, logits(4, K, h, w, dtype, CUDA), no_worse)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_loss_in_every_direction(direction, no_worse):
+    labels, options = labels_for(2, 64, 64, 6, CUDA), {"direction": direction, "temperature": 2.0}
+    ours, reference = (
+        lambda c, t, f=f: torch.stack(f(c, t, labels, **options)[:4])
+        for f in (collaborative_loss, collaborative_loss_reference)
+    )
+    assert_no_worse(ours, reference, logits(2, 6, 64, 64, BF16, CUDA), no_worse)
+
+
+def test_loss_needs_a_fraction_of_the_memory():
+    """Forward and backward beyond inputs, outputs and gradients: less than one of the maps of
+    B x K x H x W that the reference holds nine of."""
+    B, K, side = 4, 7, 128
+    labels, both = labels_for(B, side, side, K, CUDA), logits(B, K, side, side, BF16, CUDA)
+    both = [x.requires_grad_() for x in both]
+    collaborative_loss(*both, labels).cnn_ce.backward()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.stack(collaborative_loss(*both, labels)[:4]).sum().backward()
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra < B * K * (4 * side) ** 2 * 4
+
+
+def test_nothing_waits_for_the_gpu():
+    labels, both = labels_for(2, 64, 64, 7, CUDA), logits(2, 7, 64, 64, BF16, CUDA)
+    inputs = [x.requires_grad_() for x in [*both, *qkv(2, 2, 512, 256, 32, BF16, CUDA)]]
+
+    def work():
+        out = torch.stack(collaborative_loss(*inputs[:2], labels)[:4]).sum()
+        torch.autograd.grad(out + attention(*inputs[2:]).float().sum(), inputs)
+
+    work()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_torch_compile():
+    labels, both = labels_for(2, 64, 64, 7, CUDA), logits(2, 7, 64, 64, BF16, CUDA)
+    ours, _ = losses(labels)
+    for function, inputs in ((ours, both), (attention, qkv(2, 2, 512, 256, 32, BF16, CUDA))):
+        upstream = torch.randn(function(*inputs).shape, device=CUDA)
+        wanted = outputs_and_gradients(function, inputs, upstream)
+        compiled = torch.compile(function, fullgraph=True)
+        for a, b in zip(outputs_and_gradients(compiled, inputs, upstream), wanted, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_training_step_is_the_references():
+    """Gradients in bf16: at most twice as far from float32's as PyTorch's own operations are."""
+    torch.manual_seed(0)
+    model = CTCLM(ModelConfig(variant="b0")).to(CUDA)
+    images = 255 * torch.rand(2, 3, 256, 256, device=CUDA)
+    labels = labels_for(2, 64, 64, 6, CUDA)
+
+    def gradients(path, bf16):
+        model.zero_grad()
+        with force(path), torch.autocast("cuda", BF16, enabled=bf16):
+            losses = model.objective(model(images), labels)
+        losses.total.backward()
+        return losses.total.item(), [p.grad.clone() for p in model.parameters()]
+
+    wanted_loss, wanted = gradients("pytorch", bf16=False)
+    (ours_loss, ours), (theirs_loss, theirs) = (gradients(p, True) for p in ("triton", "pytorch"))
+
+    def distance(found):
+        return sum((a - b).square().sum() for a, b in zip(found, wanted, strict=True)).sqrt()
+
+    assert distance(ours) <= 2 * distance(theirs)
+    assert abs(ours_loss - wanted_loss) <= 2 * abs(theirs_loss - wanted_loss) + 1e-3 * wanted_loss

@@ -1,0 +1,134 @@
+"""labels.py: damaged labels decode, pictures do not, and what is no class is counted."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import toy
+from labels import (
+    CELL,
+    FAR,
+    MAX_UNKNOWN,
+    UNKNOWN,
+    LabelReader,
+    ceil,
+    count_cells,
+    decode_colours,
+    encode_colours,
+    farther,
+)
+from layouts import IGNORE, POTSDAM, Classes, Coding
+from raster import DataError
+
+COLOURED = Coding(coloured=True)
+
+
+def read(path, classes=POTSDAM, coding=COLOURED, max_unknown=MAX_UNKNOWN):
+    """All rows, seven at a time."""
+    reader = LabelReader(path, classes, coding)
+    H = reader.shape[0]
+    label = np.concatenate([reader.read(top, min(top + 7, H)) for top in range(0, H, 7)])
+    reader.check(max_unknown)
+    return label, reader
+
+
+def saved(path, pixels):
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def town(seed=0, times=4):
+    """A label as large things as on Potsdam's tiles: a toy scene, each pixel `times` as wide."""
+    return toy.scene(seed, 256)[1].repeat(times, 0).repeat(times, 1)
+
+
+def compressed(rgb, **options):
+    file = io.BytesIO()
+    Image.fromarray(rgb).save(file, "JPEG", **options)
+    return np.asarray(Image.open(file))
+
+
+def test_every_potsdam_colour_decodes():
+    rgb = np.array([[*POTSDAM.colours, (0, 0, 0)]], np.uint8)
+    assert decode_colours(rgb, POTSDAM.colours).tolist() == [[0, 1, 2, 3, 4, 5, IGNORE]]
+
+
+def test_scattered_colours_decode():
+    """Each band may be off by up to FAR; tile 6_7 paints cars (252, 255, 0)."""
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 6, (40, 40)).astype(np.uint8)
+    rgb = encode_colours(truth, POTSDAM.colours).astype(int)
+    noise = rng.integers(0, FAR + 1, rgb.shape)
+    damaged = np.where(rgb == 255, 255 - noise, noise).astype(np.uint8)
+    assert np.array_equal(decode_colours(damaged, POTSDAM.colours), truth)
+    assert decode_colours(np.array([[[252, 255, 0]]], np.uint8), POTSDAM.colours)[0] == 4
+
+
+def test_colours_of_no_class():
+    """No class has magenta; a band in the middle belongs to neither side."""
+    rgb = np.array([[(255, 0, 255), (255, 255, 255), (250, 5, 240), (255, 128, 0)]], np.uint8)
+    label = decode_colours(rgb, POTSDAM.colours)
+    assert label.tolist() == [[UNKNOWN, 0, UNKNOWN, UNKNOWN]]
+    assert farther(rgb, FAR).tolist() == [[False, False, False, True]]
+
+
+@pytest.mark.parametrize("options", [{"quality": 90}, {"quality": 75}, {"quality": 95}])
+def test_a_lossy_label_passes(tmp_path, options):
+    """As tile 4_12: many colours, hardly an exact one, and all but the outlines decode."""
+    truth = town()
+    rgb = compressed(encode_colours(truth, POTSDAM.colours), **options)
+    assert len(np.unique(rgb.reshape(-1, 3), axis=0)) > 3000
+    label, reader = read(saved(tmp_path / "a.tif", rgb))
+    assert (label != truth).mean() < 0.001 and reader.unknown < MAX_UNKNOWN * truth.size
+
+
+@pytest.mark.parametrize("opacity", [0.0, 0.3, 0.5, 0.65, 0.8])
+def test_an_overlay_or_a_photograph_is_refused(tmp_path, opacity):
+    image, label = toy.scene(0, 256)
+    colours = encode_colours(label, POTSDAM.colours)
+    mixed = (opacity * colours + (1 - opacity) * image).astype(np.uint8)
+    with pytest.raises(DataError, match="a.tif: .* of it is far .* photograph or an overlay"):
+        read(saved(tmp_path / "a.tif", mixed))
+
+
+def test_too_many_unknown_pixels_are_an_error_unless_allowed(tmp_path):
+    rgb = np.full((100, 100, 3), 255, np.uint8)
+    rgb[0, :10] = 255, 0, 255
+    label, reader = read(saved(tmp_path / "a.png", rgb))  # just 0.1 %
+    assert reader.unknown == 10 and (label == UNKNOWN).sum() == 10
+    rgb[1, :2] = 255, 0, 255
+    path = saved(tmp_path / "b.png", rgb)
+    with pytest.raises(
+        DataError, match=r"b.png: 12 pixels \(0.12%\) .* --max-unknown 0.002 would ignore them"
+    ):
+        read(path)
+    assert read(path, max_unknown=0.002)[1].unknown == 12
+
+
+def test_ceil_is_enough():
+    assert ceil(0.0011) == 0.002 and ceil(0.0314159) == 0.032
+    assert all(ceil(n / 7919) >= n / 7919 for n in range(7919))
+
+
+def test_indices(tmp_path):
+    classes = Classes(("a", "b", "c"), ((1, 1, 1),) * 3)
+    path = saved(tmp_path / "a.png", np.array([[0, 1, 2, 3]], np.uint8))
+    label, _ = read(path, classes, Coding(False, first=1, ignore=0))
+    assert label.tolist() == [[IGNORE, 0, 1, 2]]
+    with pytest.raises(
+        DataError, match="a.png: has the value 3 at 1 pixels, but the 3 classes are 0..2 and 255"
+    ):
+        read(path, classes, Coding(False))
+
+
+def test_cells_count_every_pixel_once():
+    rng = np.random.default_rng(0)
+    label = rng.choice([0, 1, 2, IGNORE, UNKNOWN], (2 * CELL + 9, CELL + 1)).astype(np.uint8)
+    cells = count_cells(label, 3)
+    assert cells.shape == (3, 2, 4)
+    for value, k in ((0, 0), (1, 1), (2, 2), (UNKNOWN, 3)):
+        assert cells[..., k].sum() == (label == value).sum()
+        assert cells[1, 0, k] == (label[CELL : 2 * CELL, :CELL] == value).sum()
+        assert cells[2, 1, k] == (label[2 * CELL :, CELL:] == value).sum()
