@@ -148,7 +148,8 @@ def run_cell(config: Config, name: str, seed: int, ratio: float, threads: int) -
     row["seconds"] = round(run.seconds, 1)
     row["step_ms"] = round(1000 * run.seconds / run.step, 1)
     for student, result in scores.items():
-        row |= {f"{student}_{score}": round(100 * result[score], 3) for score in SCORES}
+        found = {score: result[score] for score in SCORES if result[score] is not None}
+        row |= {f"{student}_{score}": round(100 * value, 3) for score, value in found.items()}
     if run.model.transformer:
         np.save(
             cell.out / "crops.npy", predicted_crops(run.model.transformer, run.val_set, run.device)
