@@ -231,7 +231,7 @@ def forest(rows: list[Difference], title: str) -> Image.Image:
         draw.rectangle((x - 4, y - 16, x + 4, y + 16), fill=INK)
         for value in row.values:
             x = place(value)
-            draw.ellipse((x - 7, y - 7, x + 7, y + 7), outline=CNN_COLOUR, width=3)
+            draw.ellipse((x - 7, y - 7, x + 7, y + 7), fill=PAPER, outline=CNN_COLOUR, width=3)
     return image.resize((width // 2, image.height // 2), Image.Resampling.LANCZOS)
 
 
