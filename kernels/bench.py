@@ -31,12 +31,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import cli
+from ctclm import CTCLM, ModelConfig
 from kernels import attention, collaborative_loss, force
 from kernels.attention import attention_reference
 from kernels.choose import triton
 from kernels.distill import collaborative_loss_reference
 
 STAGES = {1: (16384, 1), 2: (4096, 2), 3: (1024, 5), 4: (256, 8)}  # N queries, h heads; M = 256
+CPU_REPEATS = 20
 GPU_LOSSES = [(16, K, 128) for K in (6, 7, 16)]  # B, K, side of the logits
 CPU_LOSSES = [(4, 7, side) for side in (16, 32, 64)]
 GPU_STEPS = [("b0", 16, 512), ("b2", 16, 512)]  # variant, B, side of the images
@@ -127,7 +130,7 @@ def medians(contenders: dict[str, Callable], device: torch.device) -> dict[str, 
     if device.type == "cuda":
         return {name: gpu_median(call) for name, call in contenders.items()}
     found = {name: [] for name in contenders}
-    for repeat in range(12):
+    for repeat in range(2 + CPU_REPEATS):
         for name, call in contenders.items():
             begin = time.perf_counter()
             call()
@@ -138,8 +141,7 @@ def medians(contenders: dict[str, Callable], device: torch.device) -> dict[str, 
 
 def gpu_median(call: Callable) -> float | None:
     try:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            return triton.testing.do_bench_cudagraph(call, rep=50, return_mode="median")
+        return triton.testing.do_bench_cudagraph(call, rep=50, return_mode="median")
     except RuntimeError as error:
         print(f"  {str(error).splitlines()[0]}", file=sys.stderr)
         return None
@@ -196,8 +198,18 @@ def rates() -> Rates:
     copied = 2 * x.numel() / (gpu_median(lambda: x.clone()) / 1000)
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     products = 2 * 8192**3 / (gpu_median(lambda: a @ a) / 1000)
-    clock = 1000 * properties.clock_rate
+    clock = 1e6 * float(ask_gpu("clocks.max.sm") or "inf")  # unknown: no floor by exponentials
     return Rates(copied, products, 16 * clock * properties.multi_processor_count)
+
+
+def ask_gpu(what: str) -> str | None:
+    """One number or name from nvidia-smi, if it is there and knows."""
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return printed.splitlines()[0].strip() if printed.strip() else None
 
 
 # --- What is timed ------------------------------------------------------------------------------
@@ -294,8 +306,6 @@ def cpu_megabytes(B: int, K: int, side: int, name: str) -> float | None:
 
 def bench_step(device: torch.device) -> list[Row]:
     """A training step, forward, objective, backward, AdamW, in the precision of train.py."""
-    from ctclm import CTCLM, ModelConfig  # above the kernels: only this bench looks up
-
     rows = []
     on_gpu = device.type == "cuda"
     for variant, B, side in GPU_STEPS if on_gpu else [CPU_STEP]:
@@ -366,9 +376,7 @@ def machine(device: torch.device) -> dict:
     entry["triton"] = triton.__version__ if triton else None
     if device.type == "cuda":
         entry |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(command, capture_output=True, text=True).stdout
-        entry["driver"] = driver.splitlines()[0] if driver else None
+        entry["driver"] = ask_gpu("driver_version")
     else:
         entry["cpu"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
     return entry
@@ -378,6 +386,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables as data too")
     options = parser.parse_args()
+    cli.keep_freed_memory()  # as every program here does
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = machine(device)
     print(", ".join(f"{key} {value}" for key, value in about.items()))

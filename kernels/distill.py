@@ -11,7 +11,7 @@ because the labels, which both students have, say which of the two to believe he
 valid pixels, not the selected ones, so that the loss depends neither on the size of the image nor
 on how many pixels agree. T^2 keeps the gradient's size independent of T (Hinton et al., 2015).
 
-`collaborative_loss_reference` says it in PyTorch. It holds some 30 maps of B x K x H x W at a time
+`collaborative_loss_reference` says it in PyTorch. It holds nine maps of B x K x H x W at its peak
 (117 MB each at B = 16, K = 7, 512 x 512 in float32), although the logits have a sixteenth of that.
 What follows it computes the same, and its gradients, without ever holding one such map: on a GPU
 two Triton kernels, on a CPU the same lines over a few rows at a time.
@@ -267,7 +267,7 @@ def pixels_last(x: Tensor) -> Tensor:
 
 # --- On a CPU: a few rows at a time --------------------------------------------------------------
 
-CHUNK = 2**18  # numbers in a map of 2 x B x K x rows x W at a time: about what a cache holds
+CHUNK = 2**19  # numbers in a map of 2 x B x K x rows x W at a time: about what a cache holds
 
 
 @lru_cache(16)
@@ -296,57 +296,61 @@ def row_forward(
         last = min(first + step, h)
         near = slice(max(first - 1, 0), last + 1)  # the logits that reach into these rows
         A = rows[4 * first : 4 * last, near]
-        maps, *parts = pixels_and_gradients(
-            A @ (z[..., near, :] @ columns.T),
-            labels[:, None, 4 * first : 4 * last],
-            direction, temperature, kappa, ignore_index,
-        )  # fmt: skip
+        pair = z.new_empty(2, 2, B, K, 4 * (last - first), 4 * w)
+        torch.matmul(A, z[..., near, :] @ columns.T, out=pair[1])
+        y = labels[:, None, 4 * first : 4 * last]
+        maps = pixels_and_gradients(pair, y, direction, temperature, kappa, ignore_index)
         sums += maps.flatten(1).sum(1)
-        for whole, part in zip(gradients, parts, strict=True):
-            whole[..., near, :] += A.T @ part @ columns
+        gradients[..., near, :] += A.T @ pair @ columns
+    sums[2:4] *= temperature**2
+    gradients[1, 0] *= temperature
+    gradients[1, 1] *= -temperature
     return sums, gradients.div_(sums[5].clamp(min=1))
 
 
-def pixels_and_gradients(z, labels, direction, temperature, kappa, ignore_index):
-    """What `per_pixel` returns and the number 1, zero where not valid, (6, B, 1, R, W); and what
-    they add to the gradients, cross entropies and transfers apart, (2, B, K, R, W) each:
+def pixels_and_gradients(pair, labels, direction, temperature, kappa, ignore_index):
+    """What `per_pixel` returns and the number 1, zero where not valid, (6, B, 1, R, W).
 
         dl/dz = p - onehot(y)        d(T^2 KL(teacher || student))/dz = T (q_student - q_teacher)
 
-    z (2, B, K, R, W) upsampled logits of CNN and Transformer, q = softmax(z / T); labels
-    (B, 1, R, W). Two maps of z's size live at a time, z and p, and become the two gradients.
+    pair (2, 2, B, K, R, W): pair[1] is z, the upsampled logits of CNN and Transformer. Left there
+    is what they add to the gradients, pair[0] by cross entropy and pair[1] by transfer; no other
+    map of that size lives meanwhile. q = softmax(z / T); labels (B, 1, R, W). The factors of T, and
+    the sign of the second transfer's gradient, q_c - q_t for both, are the caller's.
     """
-    valid, T = labels != ignore_index, temperature
+    p, z = pair.unbind()
+    valid = labels != ignore_index
     target = (labels * valid).long().expand(2, *labels.shape)
     m = valid.to(z.dtype)
-    p, lse = softmax_and_lse(z)
+    lse = softmax_and_lse(z, out=p)
     l_c, l_t = (lse - z.gather(2, target)).unbind()  # (B, 1, R, W) each
     r = torch.sigmoid((l_t - l_c).div_(kappa))
-    weight_ct, weight_tc = transfer_weights(r, direction)
+    weight_ct, weight_tc = (m * weight for weight in transfer_weights(r, direction))
     q = p
-    if T != 1:
-        q, lse = softmax_and_lse(z.div_(T))
+    if temperature != 1:
+        q = torch.empty_like(z)
+        lse = softmax_and_lse(z.div_(temperature), out=q)
     (q_c, q_t), (lse_c, lse_t), (gap, scratch) = q.unbind(), lse.unbind(), z.unbind()
-    gap -= scratch  # z_c - z_t
+    gap -= scratch  # (z_c - z_t) / T
     lse_gap = lse_c.sub_(lse_t)
     cnn_teaches = torch.mul(q_c, gap, out=scratch).sum(1, keepdim=True).sub_(lse_gap)
     transformer_teaches = lse_gap - torch.mul(q_t, gap, out=scratch).sum(1, keepdim=True)
-    transfers = weight_ct * cnn_teaches * T**2, weight_tc * transformer_teaches * T**2
-    maps = torch.stack((l_c, l_t, *transfers, r, m)).mul_(m)
+    maps = torch.stack(
+        (l_c, l_t, weight_ct * cnn_teaches, weight_tc * transformer_teaches, r, m)
+    ).mul_(m)
     difference = torch.sub(q_c, q_t, out=gap)
-    torch.mul(difference, m * weight_ct * -T, out=scratch)  # of the Transformer
-    difference *= m * weight_tc * T  # of the CNN
-    cross_entropy = p.mul_(m).scatter_add_(2, target, -m.expand_as(target))
-    return maps, cross_entropy, z
+    torch.mul(difference, weight_ct, out=scratch)  # of the Transformer, but for the sign
+    difference *= weight_tc  # of the CNN
+    p.mul_(m).scatter_add_(2, target, -m.expand_as(target))
+    return maps
 
 
-def softmax_and_lse(z: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax and log sum exp over the classes (dimension 2), from one exp: it is what costs."""
+def softmax_and_lse(z: Tensor, out: Tensor) -> Tensor:
+    """softmax over the classes (dimension 2) into `out`; log sum exp. From one exp: it costs."""
     top = z.amax(2, keepdim=True)
-    p = (z - top).exp_()
-    total = p.sum(2, keepdim=True)
-    p /= total
-    return p, total.log_().add_(top)
+    total = torch.sub(z, top, out=out).exp_().sum(2, keepdim=True)
+    out /= total
+    return total.log_().add_(top)
 
 
 def row_backward(upstream, kept, cnn_logits, transformer_logits, labels, *_options):
@@ -658,8 +662,8 @@ def triton_backward(
     options = (ignore_index, kappa, K, temperature, direction)
     gradients = []
     for name, student, peer, terms in (
-        ("cnn", z_c, z_t, scale[[0, 3]]),
-        ("transformer", z_t, z_c, scale[[1, 2]]),
+        ("cnn", z_c, z_t, scale[::3].contiguous()),  # slices: a list would be copied to the GPU
+        ("transformer", z_t, z_c, scale[1:3].contiguous()),
     ):
         gradient = torch.empty_like(student)  # channels last, like every gradient here
         with on_device_of(student):

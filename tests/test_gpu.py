@@ -59,7 +59,7 @@ def test_attention(B, h, N, M, D, dtype, no_worse):
             "one key, float32: both gradients are 0 but for rounding, see test_attention.py"
         )
     inputs = qkv(B, h, N, M, D, dtype, CUDA)
-    if M == 1:  # dq and dk are 0 but for rounding
+    if M == 1:  # dq and dk are 0 but for rounding: see test_attention.py
         assert torch.equal(attention(*inputs), inputs[2])
         return
     assert_no_worse(attention, attention_reference, inputs, no_worse)
@@ -116,8 +116,11 @@ def test_nothing_waits_for_the_gpu():
 
 def test_torch_compile():
     labels, both = labels_for(2, 64, 64, 7, CUDA), logits(2, 7, 64, 64, BF16, CUDA)
-    ours, _ = losses(labels)
-    for function, inputs in ((ours, both), (attention, qkv(2, 2, 512, 256, 32, BF16, CUDA))):
+
+    def terms(cnn, transformer):
+        return torch.stack(collaborative_loss(cnn, transformer, labels)[:4])
+
+    for function, inputs in ((terms, both), (attention, qkv(2, 2, 512, 256, 32, BF16, CUDA))):
         upstream = torch.randn(function(*inputs).shape, device=CUDA)
         wanted = outputs_and_gradients(function, inputs, upstream)
         compiled = torch.compile(function, fullgraph=True)
