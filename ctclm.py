@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import checkpoint
 from kernels import attention, collaborative_loss
-from kernels.distill import cross_entropy
+from kernels.distill import cross_entropy, upsample
 
 SMALLEST_IMAGE = 32  # stage 4 has stride 32, and stage 1 reduces keys by 8 at stride 4
 
@@ -375,7 +375,10 @@ class ModelConfig:
     variant: Literal["tiny", "b0", "b1", "b2"] = "b0"  # size of both students
     num_classes: int = 6
     in_channels: int = 3
-    encoder: Literal["multiscale", "plain"] = "multiscale"  # plain: the control, a single 3x3
+    students: Literal["both", "transformer", "cnn"] = "both"  # one alone: a control
+    encoder: Literal["multiscale", "plain", "transformer"] = (
+        "multiscale"  # of the CNN; controls: plain, a single 3x3; a second Transformer in its place
+    )
     distill: Literal["none", "cnn_to_transformer", "transformer_to_cnn", "mutual", "selective"] = (
         "selective"  # who teaches whom; selective: at each pixel, the one that is right
     )
@@ -397,6 +400,8 @@ class ModelConfig:
 
 
 class Output(NamedTuple):
+    """Of a student that is not there: None."""
+
     cnn_logits: Tensor  # (B, K, H/4, W/4)
     transformer_logits: Tensor  # (B, K, H/4, W/4)
     cnn_features: list[Tensor]  # four stages, (B, C_s, H_s, W_s)
@@ -428,23 +433,34 @@ class CTCLM(nn.Module):
         super().__init__()
         self.config = config
         variant = VARIANTS[config.variant]
-        self.transformer = Transformer(variant, config.num_classes, config.in_channels)
-        self.cnn = CNN(variant, config.num_classes, config.in_channels, config.encoder)
-        stages = variant.channels if config.align else ()
+        size = (variant, config.num_classes, config.in_channels)
+        self.transformer = self.cnn = None
+        if config.students != "cnn":
+            self.transformer = Transformer(*size)
+        if config.students != "transformer":
+            second = config.encoder == "transformer"
+            self.cnn = Transformer(*size) if second else CNN(*size, config.encoder)
+        stages = variant.channels if config.align and config.students == "both" else ()
         self.transformer_projectors = nn.ModuleList(Projector(C, config.shared_dim) for C in stages)
         self.cnn_projectors = nn.ModuleList(Projector(C, config.shared_dim) for C in stages)
 
     def forward(self, images: Tensor) -> Output:
         """images (B, C, H, W) float, 0..255 -> Output."""
-        cnn, transformer = self.cnn.encode(images), self.transformer.encode(images)
-        return Output(self.cnn.head(cnn), self.transformer.head(transformer), cnn, transformer)
+        cnn = self.cnn.encode(images) if self.cnn else None
+        transformer = self.transformer.encode(images) if self.transformer else None
+        return Output(
+            self.cnn.head(cnn) if self.cnn else None,
+            self.transformer.head(transformer) if self.transformer else None,
+            cnn,
+            transformer,
+        )
 
     def shared_space(self, output: Output) -> list[tuple[Tensor, Tensor]]:
         """(CNN, Transformer) projections of each stage, (B, shared_dim, H_s, W_s), before L2.
 
         Empty without alignment.
         """
-        if not self.config.align:
+        if not self.cnn_projectors:
             return []
         projectors = zip(self.cnn_projectors, self.transformer_projectors, strict=True)
         features = zip(output.cnn_features, output.transformer_features, strict=True)
@@ -458,6 +474,8 @@ class CTCLM(nn.Module):
         are not ramped, nor is the decorrelation: it must be there before the alignment is.
         """
         c = self.config
+        if c.students != "both":
+            return self.alone(output, labels)
         loss = collaborative_loss(
             output.cnn_logits,
             output.transformer_logits,
@@ -483,6 +501,16 @@ class CTCLM(nn.Module):
             gate=loss.gate,
         )
 
+    def alone(self, output: Output, labels: Tensor) -> Losses:
+        """The cross entropy of the one student there is; every other term is 0."""
+        z = output.cnn_logits if self.transformer is None else output.transformer_logits
+        valid = labels != self.config.ignore_index
+        target = labels.long().masked_fill(~valid, 0)
+        values = torch.where(valid, cross_entropy(upsample(z, labels), target), 0)
+        ce, none = values.sum() / valid.sum().clamp(min=1), values.new_zeros(())
+        losses = Losses(ce, *[none] * 8)
+        return losses._replace(**{f"{self.config.students}_ce": ce})
+
     def alignment(self, output: Output, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The shared space's three terms, in float32: align, region, decorrelation.
 
@@ -492,7 +520,7 @@ class CTCLM(nn.Module):
         moves. Positions without a valid pixel do not count.
         """
         align = region = decorrelation = torch.zeros((), device=labels.device)
-        if not self.config.align:
+        if not self.cnn_projectors:
             return align, region, decorrelation
         valid, gap = self.labelled_gap(output, labels)  # (B, 1, H/4, W/4), no gradient
         projections = self.shared_space(output)

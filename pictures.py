@@ -189,3 +189,66 @@ def nice_ticks(low: float, high: float) -> list[float]:
     unit *= next(m for m in (0.1, 0.2, 0.5, 1, 2) if spread / (m * unit) <= 6)
     first, last = math.floor(low / unit), math.ceil(high / unit)
     return [i * unit for i in range(first, max(last, first + 1) + 1)]
+
+
+# --- The table of controls ----------------------------------------------------------------------
+
+
+class Difference(NamedTuple):
+    name: str
+    values: list[float]  # one for each seed
+    mean: float
+    half: float | None  # of the 95 % interval; None with one value
+
+
+def forest(rows: list[Difference], title: str) -> Image.Image:
+    """A line for each row: its values as dots, its mean and interval as a bar, zero as a line."""
+    face, step, left, width = font(28), 56, 760, 1700
+    image = Image.new("RGB", (width, 150 + step * len(rows)), PAPER)
+    draw = ImageDraw.Draw(image)
+    ends = [v for row in rows for v in (*row.values, row.mean - (row.half or 0))]
+    ends += [row.mean + (row.half or 0) for row in rows]
+    ticks = nice_ticks(min(0, *ends), max(0, *ends))
+
+    def place(value: float) -> float:
+        return left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (width - 60 - left)
+
+    draw.text((20, 16), title, INK, font(32))
+    bottom = image.height - 60
+    for tick in ticks:
+        ink, thick = (INK, 3) if tick == 0 else (GREY, 1)
+        draw.line((place(tick), 74, place(tick), bottom), fill=ink, width=thick)
+        draw.text(
+            (place(tick), bottom + 10), f"{tick:+.4g}" if tick else "0", INK, face, anchor="ma"
+        )
+    for number, row in enumerate(rows):
+        y = 100 + number * step
+        draw.text((20, y), f"{row.name}, n = {len(row.values)}", INK, face, anchor="lm")
+        if row.half is not None:
+            span = place(row.mean - row.half), y - 5, place(row.mean + row.half), y + 5
+            draw.rectangle(span, fill=TRANSFORMER_COLOUR)
+        x = place(row.mean)
+        draw.rectangle((x - 4, y - 16, x + 4, y + 16), fill=INK)
+        for value in row.values:
+            x = place(value)
+            draw.ellipse((x - 7, y - 7, x + 7, y + 7), fill=PAPER, outline=CNN_COLOUR, width=3)
+    return image.resize((width // 2, image.height // 2), Image.Resampling.LANCZOS)
+
+
+def side_by_side(columns: dict[str, list[np.ndarray]], classes: Classes) -> Image.Image:
+    """Pieces of maps under their titles, twice their size; (H, W) classes or (H, W, 3) pixels."""
+    side = 2 * max(max(piece.shape[:2]) for pieces in columns.values() for piece in pieces)
+    gap, top, count = 6, 26, max(map(len, columns.values()))
+    key = legend([*zip(classes.names, classes.colours, strict=True)])
+    width = max(gap + len(columns) * (side + gap), key.width)
+    sheet = Image.new("RGB", (width, top + count * (side + gap) + key.height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, (title, pieces) in enumerate(columns.items()):
+        x = gap + column * (side + gap)
+        draw.text((x, 4), title, INK, font(15))
+        for number, piece in enumerate(pieces):
+            shown = piece[..., :3] if piece.ndim == 3 else encode_colours(piece, classes.colours)
+            shown = shown.repeat(2, axis=0).repeat(2, axis=1)
+            sheet.paste(Image.fromarray(shown), (x, top + number * (side + gap)))
+    sheet.paste(key, (0, sheet.height - key.height))
+    return sheet

@@ -4,9 +4,10 @@
     python train.py --data folder --root MY_DATA --out runs/mine
     python train.py --data folder --root MY_DATA --out runs/mine --resume
 
-A run writes config.json, log.csv, metrics.json, curves.png, samples.png, last.pt (everything
-that is needed to go on) and best.pt (the Transformer alone, at its best validation mIoU: this is
-what people pass on). Ctrl-C and SIGTERM finish the step, save, and exit.
+A run writes config.json, log.csv, metrics.json, curves.png, samples.png, story.png (who taught whom
+over training), last.pt (everything that is needed to go on) and best.pt (the Transformer alone, at
+its best validation mIoU: this is what people pass on). Ctrl-C and SIGTERM finish the step, save,
+and exit.
 
 The step number is the whole state of the data and there is no randomness in the model, so a resumed
 run ends in the same bits as one that was never stopped.
@@ -33,19 +34,19 @@ from torch.utils.flop_counter import FlopCounterMode
 import checkpoint
 import cli
 import pictures
+import story
 from ctclm import (
     CTCLM,
     SMALLEST_IMAGE,
     Losses,
     ModelConfig,
-    effective_rank,
     ramp_up,
     save_transformer,
 )
-from data import BANDS, DATA_SETS, IGNORE, DataError, load
+from data import BANDS, DATA_SETS, IGNORE, DataError, Dataset, Scene, load
 from infer import evaluate, table
 from kernels import reliability
-from labels import MAX_UNKNOWN
+from labels import MAX_UNKNOWN, count_cells
 from windows import Windows, prefetch, rare_share
 
 
@@ -69,8 +70,20 @@ class Config:
     distill: Literal["none", "cnn_to_transformer", "transformer_to_cnn", "mutual", "selective"] = (
         cli.option("selective", "who teaches whom; selective: at each pixel the more reliable one")
     )
-    align: Literal["on", "off"] = cli.option("on", "the shared representation space")
-    encoder: Literal["multiscale", "plain"] = cli.option("multiscale", "the CNN's blocks")
+    gamma: float = cli.option(1.0, "weight of the transfer")
+    align: Literal["on", "off", "decorrelation"] = cli.option(
+        "on", "the shared representation space; decorrelation: its penalty alone, nothing aligned"
+    )
+    encoder: Literal["multiscale", "plain", "transformer"] = cli.option(
+        "multiscale", "the CNN's blocks; transformer: a second Transformer in its place"
+    )
+    students: Literal["both", "transformer", "cnn"] = cli.option(
+        "both", "who is there; one alone has nobody to learn from"
+    )
+    teacher: Path = cli.option(None, "last.pt of a run whose CNN teaches and stays as it is")
+    labelled: int = cli.option(0, "train on the first so many scenes (0: on all)")
+    labelled_side: int = cli.option(0, "and of these only on a square of so many pixels (0: all)")
+    validations: int = cli.option(6, "how often to validate")
     out: Path = cli.option(Path("runs/toy"), "the run's folder")
     resume: bool = cli.option(False, "continue the run in --out")
     seed: int = cli.option(0, "of initial weights and windows")
@@ -85,6 +98,17 @@ class Config:
             raise cli.UsageError(f"--crop must be a multiple of 32; got {self.crop}")
         if self.batch * self.crop**2 <= 32**2:  # a single position at stride 32 has no variance
             raise cli.UsageError("--batch 1 needs --crop 64 or more")
+        for name in ("labelled", "labelled_side", "gamma"):
+            if not getattr(self, name) >= 0:
+                raise cli.UsageError(f"--{name.replace('_', '-')} must be at least 0")
+        if self.validations < 1:
+            raise cli.UsageError("--validations must be positive: the last step is validated")
+        taught = (self.students, self.distill, self.align) == ("both", "cnn_to_transformer", "off")
+        if self.teacher and (not taught or self.encoder == "transformer"):
+            raise cli.UsageError(
+                "--teacher, a CNN that does not learn, needs --students both, "
+                "--distill cnn_to_transformer and --align off"
+            )
         for name in ("rare", "max_unknown"):
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise cli.UsageError(
@@ -100,7 +124,7 @@ class Config:
         return {k: v for k, v in plain.items() if k not in ("out", "resume", "device", "cache")}
 
 
-REPORTS, REPORTS_PER_VALIDATION = 30, 5  # a run has 30 reports and 6 validations
+REPORTS, REPORTS_PER_SAVE = 30, 5  # a run has 30 reports and saves 6 times
 
 
 # --- The run ------------------------------------------------------------------------------------
@@ -137,20 +161,28 @@ class Run:
                 variant=config.variant,
                 num_classes=len(self.train_set.classes.names),
                 in_channels=self.train_set.scenes[0].image.shape[2],
+                students=config.students,
                 encoder=config.encoder,
                 distill=config.distill,
-                align=config.align == "on",
+                gamma=config.gamma,
+                align=config.align != "off",
+                **({"alpha": 0.0, "beta": 0.0} if config.align == "decorrelation" else {}),
             )
         ).to(self.device)
-        self.branches = {
-            "transformer": self.model.transformer,
-            "cnn": self.model.cnn,
-            "projectors": torch.nn.ModuleList(
+        if config.teacher:
+            load_teacher(self.model, config.teacher)
+        self.students = {}  # those that learn
+        if self.model.transformer:
+            self.students["transformer"] = self.model.transformer
+        if self.model.cnn and not config.teacher:
+            self.students["cnn"] = self.model.cnn
+        self.branches = dict(self.students)
+        if self.model.cnn_projectors:
+            self.branches["projectors"] = torch.nn.ModuleList(
                 [self.model.cnn_projectors, self.model.transformer_projectors]
-            ),
-        }
+            )
         self.optimizer = make_optimizer(self.model, config.lr)
-        scenes = self.train_set.scenes
+        scenes = few_labels(self.train_set, config)
         rare = rare_share(scenes) if config.rare is None else config.rare
         self.windows = Windows(scenes, config.crop, config.batch, seed=config.seed, rare=rare)
         bf16 = config.precision == "bf16" or (
@@ -224,7 +256,7 @@ class Run:
                     f"weights were left as they are in last.pt; try a lower --lr"
                 )
         self.optimizer.step()
-        self.last_output = output
+        self.last_output, self.last_labels = output, labels
         self.step += 1
         return Losses(*(term.detach() for term in losses))
 
@@ -249,7 +281,9 @@ class Run:
     def train_until_done(self, stop: "StopSignal") -> None:
         c = self.config
         report_every = max(1, c.steps // REPORTS)
-        validate_every = report_every * REPORTS_PER_VALIDATION  # so a report is always at hand
+        # Multiples, so that a report is always at hand.
+        save_every = report_every * REPORTS_PER_SAVE
+        validate_every = report_every * max(1, REPORTS // c.validations)
         history, waited, begin, before = [], 0.0, time.perf_counter(), self.seconds
         since, first = begin, self.step
         threads = 1 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
@@ -266,6 +300,7 @@ class Run:
             self.seconds = before + time.perf_counter() - begin
             if self.step % validate_every == 0 or done:
                 self.validate()
+            if self.step % save_every == 0 or done:
                 self.save()
             if self.step % report_every == 0 or done:
                 since = time.perf_counter()
@@ -282,36 +317,32 @@ class Run:
         row |= {"ramp": self.ramp(), "lr": self.learning_rate()}
         row["images_per_s"] = len(history) * self.config.batch / seconds
         row["data_wait"] = waited / seconds
-        with self.autocast:
-            projections = self.model.shared_space(self.last_output)
-        for stage, (h_c, h_t) in enumerate(projections, start=1):
-            row[f"cnn_rank_{stage}"] = effective_rank(h_c)
-            row[f"transformer_rank_{stage}"] = effective_rank(h_t)
+        if self.config.students == "both":
+            with self.autocast:
+                projections = self.model.shared_space(self.last_output)
+            row |= story.columns(self.last_output, self.last_labels, projections)
         row |= {"transformer_val_miou": None, "cnn_val_miou": None}
         self.log.append(row)
         return row
 
     def validate(self) -> None:
-        """Score both students on whole validation scenes; keep the Transformer if it is better."""
-        self.model.eval()
-        scores = {}
-        for name in ("transformer", "cnn"):
-            with cli.Progress(f"validating the {name}") as progress:
-                scores[name] = evaluate(
-                    self.branches[name], self.val_set, progress, device=self.device
-                )
-        self.model.train()
+        """Score the students on whole validation scenes; keep the Transformer if it is better.
+
+        Where the CNN is trained alone its scores are kept, and no best.pt.
+        """
+        scores = self.evaluate(self.val_set)
         row = self.log[-1]
         for name, result in scores.items():
             row[f"{name}_val_miou"] = result["miou"]
-        is_best = scores["transformer"]["miou"] > self.best["miou"]
+        first, *others = scores
+        is_best = scores[first]["miou"] > self.best["miou"]
+        shown = (f"{name} {100 * result['miou']:.1f}" for name, result in scores.items())
         print(
-            f"      validation mIoU: Transformer {100 * scores['transformer']['miou']:.1f}, "
-            f"CNN {100 * scores['cnn']['miou']:.1f}" + (", kept as best.pt" if is_best else ""),
+            f"      validation mIoU: {', '.join(shown)}" + (", the best so far" if is_best else ""),
             flush=True,
         )
         if is_best:
-            self.best = scores["transformer"] | {"step": self.step, "cnn": scores["cnn"]}
+            self.best = scores[first] | {"step": self.step} | {k: scores[k] for k in others}
             about = {
                 "classes": list(self.train_set.classes.names),
                 "colours": [list(colour) for colour in self.train_set.classes.colours],
@@ -320,14 +351,25 @@ class Run:
                 "step": self.step,
                 "val_miou": self.best["miou"],
             }
-            save_transformer(self.model, self.config.out / "best.pt", about)
+            if self.model.transformer:
+                save_transformer(self.model, self.config.out / "best.pt", about)
+
+    def evaluate(self, dataset: Dataset) -> dict[str, dict]:
+        """The scores of each student as it is now, on whole scenes."""
+        self.model.eval()
+        scores = {}
+        for name, student in self.students.items():
+            with cli.Progress(f"scoring the {name}") as progress:
+                scores[name] = evaluate(student, dataset, progress, device=self.device)
+        self.model.train()
+        return scores
 
     # --- Before and after ---
 
     def describe(self) -> dict:
         """Parameters and multiply-adds of what is trained and of what is deployed."""
         trained = count(self.model, self.config.crop)
-        deployed = count(self.model.transformer, self.config.crop)
+        deployed = count(next(iter(self.students.values())), self.config.crop)
         return {"trained": trained, "deployed": deployed}
 
     def finish(self) -> None:
@@ -336,7 +378,7 @@ class Run:
         write_json(
             {
                 "validation": {k: v for k, v in self.best.items() if k != "cnn"},
-                "cnn_validation": self.best["cnn"],
+                "cnn_validation": self.best.get("cnn"),
                 "cost": self.describe(),
                 "training_seconds": round(self.seconds, 1),
                 "machine": machine(self.device),
@@ -344,8 +386,11 @@ class Run:
             out / "metrics.json",
         )
         pictures.curves(self.log, panels(self.log)).save(out / "curves.png")
-        if rows := self.samples():
-            pictures.samples(rows, self.val_set.classes).save(out / "samples.png")
+        if self.config.students == "both":
+            story_panels = story.panels(self.log, self.val_set.classes)
+            pictures.curves(story.smooth(self.log), story_panels).save(out / "story.png")
+            if rows := self.samples():
+                pictures.samples(rows, self.val_set.classes).save(out / "samples.png")
 
     @torch.no_grad()
     def samples(self, rows: int = 3, side: int = 256) -> list[pictures.Sample]:
@@ -399,10 +444,44 @@ class StopSignal:
 # --- Parts --------------------------------------------------------------------------------------
 
 
+def few_labels(dataset: Dataset, config: Config) -> list[Scene]:
+    """The first scenes, cut to a square in the middle of each if asked."""
+    count, side, K = config.labelled, config.labelled_side, len(dataset.classes.names)
+    if count > len(dataset.scenes):
+        raise cli.UsageError(
+            f"--labelled {count}, but there are {len(dataset.scenes)} training scenes"
+        )
+    scenes = dataset.scenes[: count or None]
+    return [middle(scene, side, K) for scene in scenes] if side else scenes
+
+
+def middle(scene: Scene, side: int, num_classes: int) -> Scene:
+    """The square of `side` pixels in the middle of a scene, or what there is of it."""
+    top, left = (max(0, (length - side) // 2) for length in scene.label.shape)
+    area = np.s_[top : top + side, left : left + side]
+    image, label = np.asarray(scene.image[area]), np.asarray(scene.label[area])
+    cells = count_cells(label, num_classes)[..., :num_classes]
+    return scene._replace(image=image, label=label, cells=cells)
+
+
+def load_teacher(model: CTCLM, path: Path) -> None:
+    """Give `model` the CNN of the run that wrote `path`; it will not learn."""
+    state = checkpoint.read(path, "ctclm-training")["model"]
+    weights = {key[4:]: value for key, value in state.items() if key.startswith("cnn.")}
+    try:
+        model.cnn.load_state_dict(weights)
+    except RuntimeError:
+        raise checkpoint.CheckpointError(
+            f"{path}: has no CNN of this size; train it with the same --variant and --encoder"
+        ) from None
+    model.cnn.requires_grad_(False)
+
+
 def make_optimizer(model: CTCLM, lr: float) -> torch.optim.Optimizer:
     """AdamW; weight decay on matrices and kernels, not on biases, norms and layer scales."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in learning if p.dim() > 1]
+    others = [p for p in learning if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
@@ -412,7 +491,8 @@ def count(module: torch.nn.Module, side: int) -> dict:
     training = module.training
     module.eval()
     device = next(module.parameters()).device
-    channels = (module.transformer if isinstance(module, CTCLM) else module).normalise.mean.shape[1]
+    one = (module.transformer or module.cnn) if isinstance(module, CTCLM) else module
+    channels = one.normalise.mean.shape[1]
     counter = FlopCounterMode(display=False)
     # Two images (the projectors' statistics need them), a multiply-add is two operations. The
     # counter knows matrix products, not every fused attention.
@@ -510,9 +590,10 @@ def main(arguments: list[str]) -> None:
     except DivergedError as error:
         sys.exit(f"train.py: {error}")
     run.finish()
-    print(f"\nbest.pt is from step {run.best['step']}; on the validation split it scores\n")
+    name = next(iter(run.students))
+    print(f"\nthe {name} was best at step {run.best['step']}; on the validation split it scores\n")
     print(table(run.best, run.val_set.classes))
-    print(f"\n{config.out}: best.pt, metrics.json, log.csv, curves.png, samples.png, last.pt")
+    print(f"\n{config.out}: {', '.join(sorted(path.name for path in config.out.iterdir()))}")
 
 
 if __name__ == "__main__":

@@ -339,6 +339,49 @@ def test_ignored_images_do_not_reach_the_alignment():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+# --- Controls -----------------------------------------------------------------------------------
+
+
+def test_the_same_transformer_whoever_learns_with_it():
+    """A seed gives it the same initial weights in every control."""
+    wanted = None
+    for options in (
+        {},
+        {"encoder": "plain"},
+        {"encoder": "transformer"},
+        {"students": "transformer"},
+        {"align": False, "distill": "none"},
+    ):
+        torch.manual_seed(7)
+        weights = CTCLM(ModelConfig(variant="tiny", **options)).transformer.state_dict()
+        wanted = wanted or weights
+        assert all(torch.equal(weights[key], wanted[key]) for key in wanted), options
+
+
+def test_a_second_transformer_is_another_one():
+    model = CTCLM(ModelConfig(variant="tiny", encoder="transformer"))
+    ours, theirs = (branch.stages[0].embed.weight for branch in (model.transformer, model.cnn))
+    assert type(model.cnn) is type(model.transformer) and not torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("one, other", [("transformer", "cnn"), ("cnn", "transformer")])
+def test_one_student_alone(one, other):
+    """The other one is not even built, and the loss is the cross entropy it has in company."""
+    torch.manual_seed(3)
+    both = CTCLM(ModelConfig(variant="tiny", distill="none", align=False))
+    alone = CTCLM(ModelConfig(variant="tiny", students=one))
+    assert getattr(alone, other) is None and not alone.cnn_projectors
+    getattr(alone, one).load_state_dict(getattr(both, one).state_dict())
+    x, y = images(), labels()
+    y[0, :20] = 255
+    wanted = both.objective(both(x), y)
+    loss = alone.objective(alone(x), y)
+    # Two orders of summation in float32.
+    torch.testing.assert_close(loss.total, getattr(wanted, f"{one}_ce"), rtol=1e-5, atol=1e-6)
+    assert getattr(loss, f"{one}_ce") == loss.total and getattr(loss, f"{other}_ce") == 0
+    assert alone.shared_space(alone(x)) == []
+
+
 def test_autocast_keeps_the_losses_in_float32():
     model = CTCLM(ModelConfig(variant="tiny"))
     with torch.autocast("cpu", torch.bfloat16):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import pictures
-from layouts import IGNORE, POTSDAM
+from layouts import IGNORE, POTSDAM, Classes
 
 
 def test_overlay_blends_the_classes_colours():
@@ -74,3 +74,29 @@ def test_ticks_are_round_and_cover():
     for low, high in ((0, 1), (0.013, 0.97), (-3, 250), (5, 5), (0, 1e-9)):
         ticks = pictures.nice_ticks(low, high)
         assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 9
+
+
+# --- The table of controls ----------------------------------------------------------------------
+
+
+def test_forest_has_one_scale_for_all_rows():
+    """Bars of 1 +- 1 and 2 +- 1: equally long, the second half a bar further right; one value
+    alone has no bar."""
+    spans = ([1.0], 1.0, 1.0), ([2.0], 2.0, 1.0), ([1.0], 1.0, None)
+    rows = [pictures.Difference("arm", *span) for span in spans]
+    image = np.asarray(pictures.forest(rows, "title")).astype(int)
+    blue = np.abs(image - pictures.TRANSFORMER_COLOUR).sum(-1) < 60
+    lines = np.array_split(np.nonzero(blue.any(1))[0], 2)  # pixel rows of each bar
+    (a, b), (c, d) = (np.nonzero(blue[line].any(0))[0][[0, -1]] for line in lines)
+    assert b - a > 100 and abs((b - a) - (d - c)) <= 2  # rounding to pixels, and smoothing
+    assert abs((c - a) - (b - a) / 2) <= 2
+
+
+def test_side_by_side_shows_maps_and_pixels_twice_as_large():
+    pixels = np.full((8, 8, 3), 77, np.uint8)
+    labels = np.zeros((8, 8), np.uint8)
+    labels[:, 4:] = IGNORE
+    classes = Classes(("a",), ((10, 200, 30),))
+    image = np.asarray(pictures.side_by_side({"image": [pixels], "map": [labels]}, classes))
+    assert (image[26:42, 6:22] == 77).all()
+    assert (image[26:42, 28:36] == (10, 200, 30)).all() and (image[26:42, 36:44] == 0).all()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import ablation
 import cli
 import data
 import infer
@@ -28,9 +29,9 @@ LAYERS = [
     {"ctclm", "data", "maps", "metrics"},
     {"pictures", "scenes", "windows"},
     {"scoring"},
-    {"infer"},
+    {"infer", "story"},
     {"train"},
-    {"bench"},  # kernels/bench.py times a training step of the whole model
+    {"ablation", "bench"},  # kernels/bench.py times a training step of the whole model
 ]
 
 
@@ -96,7 +97,7 @@ def test_requirements_meet_the_projects_floors():
 
 
 COMMANDS = re.findall(
-    r"^\s*(?:python|\$\(PY\)) ((?:train|infer|data)\.py .*?)(?:\s{2,}#.*)?$",
+    r"^\s*(?:python|\$\(PY\)) ((?:train|infer|data|ablation)\.py .*?)(?:\s{2,}#.*)?$",
     README + (ROOT / "Makefile").read_text(),
     re.M,
 )
@@ -105,7 +106,8 @@ COMMANDS = re.findall(
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_the_readme_and_the_makefile_parse(command):
     program, *arguments = shlex.split(command)
-    config = {"train.py": train.Config, "infer.py": infer.Config, "data.py": data.Config}[program]
+    modules = {"train.py": train, "infer.py": infer, "data.py": data, "ablation.py": ablation}
+    config = modules[program].Config
     cli.parse(config, arguments)
 
 

@@ -52,6 +52,7 @@ def test_a_run_leaves_what_it_promises(small, tmp_path, program):
         "metrics.json",
         "curves.png",
         "samples.png",
+        "story.png",
         "last.pt",
         "best.pt",
     }
@@ -65,7 +66,8 @@ def test_a_run_leaves_what_it_promises(small, tmp_path, program):
         assert all(np.isfinite(float(row[name])) for row in rows)
     assert all(0 <= float(row["data_wait"]) <= 1 for row in rows)
     assert 1 <= float(rows[-1]["cnn_rank_4"]) <= 64
-    for name in ("curves.png", "samples.png"):
+    assert all(0 <= float(row["agreement"]) <= 1 for row in rows)
+    for name in ("curves.png", "samples.png", "story.png"):
         assert Image.open(config.out / name).size > (500, 100)
 
 
@@ -85,11 +87,11 @@ def test_best_is_the_branch_and_nothing_else(small):
 def test_best_is_the_best_validation(small, monkeypatch):
     """Validation scores 0.3, 0.7, 0.5: the second is kept, although training goes on."""
     values = iter([0.3, 0.1, 0.7, 0.2, 0.5, 0.9])
-    monkeypatch.setattr(train, "REPORTS_PER_VALIDATION", 2)
+    monkeypatch.setattr(train, "REPORTS", 6)
     monkeypatch.setattr(
         train, "evaluate", lambda *a, **k: {"miou": next(values), "confusion_matrix": []}
     )
-    run_ = train.Run(small())
+    run_ = train.Run(small(validations=3))
     run_.fit()
     assert (run_.best["step"], run_.best["miou"], run_.best["cnn"]["miou"]) == (4, 0.7, 0.2)
     assert load_transformer(run_.config.out / "best.pt").about["val_miou"] == 0.7
@@ -210,6 +212,55 @@ def test_multiply_adds_by_hand():
     assert train.count(Net(), 32)["multiply_adds"] == 16 * 16 * 8 * 27
 
 
+# --- Controls -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("student", ["transformer", "cnn"])
+def test_one_student_alone(small, student):
+    run_ = run(small(students=student))
+    assert list(run_.branches) == list(run_.students) == [student]
+    metrics = json.loads((run_.config.out / "metrics.json").read_text())
+    assert 0 <= metrics["validation"]["miou"] <= 1 and metrics["cnn_validation"] is None
+    assert metrics["cost"]["trained"] == metrics["cost"]["deployed"]
+    assert (run_.config.out / "best.pt").exists() == (student == "transformer")
+    other = {"transformer": "cnn", "cnn": "transformer"}[student]
+    assert not any(key.startswith(other) for key in run_.model.state_dict())
+    assert run_.log[-1][f"{student}_val_miou"] >= 0 and run_.log[-1][f"{other}_val_miou"] is None
+
+
+def test_a_teacher_teaches_and_does_not_learn(small, tmp_path):
+    first = run(small(students="cnn", steps=2))
+    options = {"distill": "cnn_to_transformer", "align": "off", "out": tmp_path / "taught"}
+    taught = run(small(teacher=first.config.out / "last.pt", **options))
+    for name, weights in first.model.cnn.state_dict().items():
+        assert torch.equal(taught.model.cnn.state_dict()[name], weights), name
+    assert list(taught.students) == ["transformer"] and taught.log[-1]["cnn_to_transformer"] > 0
+    again = train.Run(small(teacher=first.config.out / "last.pt", resume=True, **options))
+    assert again.step == 6  # its last.pt holds the teacher too
+
+
+def test_a_teacher_must_be_a_cnn_of_the_same_size(small, tmp_path):
+    first = run(small(students="transformer", steps=1))
+    options = {"distill": "cnn_to_transformer", "align": "off", "out": tmp_path / "taught"}
+    with pytest.raises(CheckpointError, match="has no CNN of this size"):
+        train.Run(small(teacher=first.config.out / "last.pt", **options))
+
+
+def test_the_labelled_square_is_in_the_middle(small):
+    run_ = train.Run(small(labelled=1, labelled_side=40))
+    (scene,) = run_.windows.scenes
+    whole = run_.train_set.scenes[0]
+    assert np.array_equal(scene.label, whole.label[12:52, 28:68])
+    assert np.array_equal(scene.image, whole.image[12:52, 28:68])
+
+
+def test_decorrelation_alone_aligns_nothing(small):
+    run_ = train.Run(small(align="decorrelation", distill="none"))
+    losses = run_.train_step(*run_.windows.batch(0))
+    wanted = losses.cnn_ce + losses.transformer_ce + losses.decorrelation
+    torch.testing.assert_close(losses.total, wanted)
+
+
 # --- Data ---------------------------------------------------------------------------------------
 
 
@@ -273,6 +324,11 @@ BAD_OPTIONS = {
     "--val-tiles 2_10": "no tiles",
     "--data folder --root /nowhere/at/all": "/nowhere/at/all: no such folder",
     "--resume": "there is nothing to resume",
+    "--labelled -1": "--labelled must be at least 0",
+    "--gamma nan": "--gamma must be at least 0",
+    "--validations 0": "--validations must be positive",
+    "--labelled 99": "--labelled 99, but there are 24 training scenes",
+    "--teacher x.pt": "--teacher, a CNN that does not learn, needs --students both",
     "--rare 1.5": "--rare is a share, 0 to 1; got 1.5",
     "--rare often": "invalid float value: 'often'",
     "--max-unknown -1": "--max-unknown is a share, 0 to 1; got -1.0",
