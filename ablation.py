@@ -15,13 +15,13 @@ nothing is selected on it. --results also gets table.md and differences.png.
 
 import csv
 import json
-import os
 import shutil
 import signal
 import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
+from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -341,12 +341,12 @@ def read_cells(path: Path) -> list[dict]:
 
 def write_cells(rows: list[dict], path: Path) -> None:
     order = list(ARMS)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: (row["seed"], order.index(row["arm"]))))
-    os.replace(temporary, path)
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(sorted(rows, key=lambda row: (row["seed"], order.index(row["arm"]))))
+    with checkpoint.whole(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def prepare(config: Config) -> dict:

@@ -7,6 +7,7 @@ fills up. Here the bytes go to a temporary file, reach the disk, and only then t
 import os
 import pickle
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,13 +17,18 @@ class CheckpointError(ValueError):
     """The file is missing, damaged, or not what was asked for; the message names it."""
 
 
-def save(contents: dict, path: Path) -> None:
-    """Write `contents` (plain types and tensors) so that `path` is either the old or the new."""
+@contextmanager
+def whole(path: Path):
+    """A file, open for writing, that takes the name `path` when the block ends without exception.
+
+    Until then it is a temporary one beside it: an interrupted run leaves nothing that looks whole,
+    and `path` is either the old file or the new one.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(contents, file)
+        with open(temporary, "w+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -32,6 +38,12 @@ def save(contents: dict, path: Path) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def save(contents: dict, path: Path) -> None:
+    """Write `contents` (plain types and tensors) so that `path` is either the old or the new."""
+    with whole(path) as file:
+        torch.save(contents, file)
 
 
 def read(path: Path, kind: str) -> dict:

@@ -26,10 +26,10 @@ from PIL import Image
 
 import cli
 import pictures
-from checkpoint import CheckpointError
+from checkpoint import CheckpointError, whole
 from ctclm import load_transformer
 from data import DATA_SETS, Classes, DataError, Dataset, load
-from maps import create, georeference, whole
+from maps import create, georeference
 from raster import header, open_rows
 from scenes import STRIDE, predict, predict_classes
 from scoring import evaluate, protocol_table, table

@@ -7,7 +7,6 @@ Memory is a strip of rows. GeoTIFF tags and world files of the image are carried
 map has the image's pixels.
 """
 
-import os
 import struct
 import zlib
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from checkpoint import whole
 from raster import (
     BANDS,
     BITS,
@@ -74,24 +74,6 @@ def save_side_files(place: Georeference, path: Path) -> None:
 
 
 # --- Writing ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def whole(path: Path):
-    """A file, open for writing, that takes the name `path` when the block ends without exception.
-
-    Until then it is a temporary one beside it: an interrupted run leaves nothing that looks whole.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

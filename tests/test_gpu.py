@@ -6,7 +6,7 @@ import torch
 from ctclm import CTCLM, ModelConfig
 from kernels import attention, collaborative_loss, force
 from kernels.attention import attention_reference
-from kernels.bench import labels_for, logits, losses, qkv
+from kernels.bench import labels_for, logits, losses, outputs_and_gradients, qkv
 from kernels.distill import DIRECTIONS, collaborative_loss_reference
 
 pytestmark = [
@@ -21,21 +21,14 @@ def without_triton():
     """Replaces conftest's: here the rule of kernels/choose.py holds."""
 
 
-def outputs_and_gradients(function, inputs, upstream):
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    out = function(*inputs)
-    return out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out))
-
-
 def assert_no_worse(ours, reference, inputs, no_worse):
     """Also: twice the same bits."""
-    upstream = torch.randn(ours(*inputs).shape, device=CUDA)
-    results = outputs_and_gradients(ours, inputs, upstream)
-    low = outputs_and_gradients(reference, inputs, upstream)
-    exact = outputs_and_gradients(reference, [x.double() for x in inputs], upstream)
+    results = outputs_and_gradients(ours, inputs)
+    low = outputs_and_gradients(reference, inputs)
+    exact = outputs_and_gradients(reference, [x.double() for x in inputs])
     for i, (a, b, e) in enumerate(zip(results, low, exact, strict=True)):
         no_worse(a, b, e, e, f"tensor {i}")
-    for a, b in zip(results, outputs_and_gradients(ours, inputs, upstream), strict=True):
+    for a, b in zip(results, outputs_and_gradients(ours, inputs), strict=True):
         assert torch.equal(a, b)
 
 
@@ -121,10 +114,9 @@ def test_torch_compile():
         return torch.stack(collaborative_loss(cnn, transformer, labels)[:4])
 
     for function, inputs in ((terms, both), (attention, qkv(2, 2, 512, 256, 32, BF16, CUDA))):
-        upstream = torch.randn(function(*inputs).shape, device=CUDA)
-        wanted = outputs_and_gradients(function, inputs, upstream)
+        wanted = outputs_and_gradients(function, inputs)
         compiled = torch.compile(function, fullgraph=True)
-        for a, b in zip(outputs_and_gradients(compiled, inputs, upstream), wanted, strict=True):
+        for a, b in zip(outputs_and_gradients(compiled, inputs), wanted, strict=True):
             assert torch.equal(a, b)
 
 
