@@ -86,7 +86,7 @@ class Config:
     arms: tuple[str, ...] = cli.option(tuple(ARMS), "which to run")
     seeds: int = cli.option(5, "how many")
     variant: Literal["tiny", "b0", "b1", "b2"] = cli.option("tiny", "size of both students")
-    steps: int = cli.option(1000, "optimiser steps of every arm but equal-time")
+    steps: int = cli.option(4000, "optimiser steps of every arm but equal-time")
     batch: int = cli.option(4, "windows per step")
     crop: int = cli.option(64, "side of a window in pixels")
     lr: float = cli.option(3e-3, "highest learning rate")
