@@ -7,7 +7,9 @@
 A cell, one arm with one seed, is an ordinary run in --out. Cells are run seed by seed, --jobs at a
 time; those in --results/cells.csv are not run again, one that was interrupted goes on, so the same
 command goes on with the table. All arms of a seed see the same windows in the same order and start
-with the same Transformer (of arm 13 alone the learning rate differs, by a ten-thousandth).
+with the same Transformer (of arm 13 alone the learning rate differs, by a ten-thousandth). Arm 14
+is no run: it averages the probabilities of a Transformer and a CNN that never met, which is about
+what one could learn from the other.
 
 The model of the last step is scored on the test split (val where there is no test split), once:
 nothing is selected on it. --results also gets table.md and differences.png.
@@ -15,6 +17,7 @@ nothing is selected on it. --results also gets table.md and differences.png.
 
 import csv
 import json
+import math
 import shutil
 import signal
 import statistics
@@ -36,12 +39,13 @@ import train
 from data import DATA_SETS, DataError, Dataset, load
 from metrics import erode
 from scenes import predict_classes
+from scoring import evaluate
 
 
 class Arm(NamedTuple):
     number: int
     name: str
-    options: dict  # of train.Config, beside those that all arms share
+    options: dict | None  # of train.Config, beside those that all arms share; None: not trained
 
 
 NO_SPACE = {"align": "off"}
@@ -66,6 +70,7 @@ ARMS = {
     "plain": Arm(11, "full, plain encoder", {"encoder": "plain"}),
     "twin": Arm(12, "full, a second Transformer for the CNN", {"encoder": "transformer"}),
     "perturbed": Arm(13, "Transformer alone, perturbed", ALONE),
+    "ensemble": Arm(14, "mean of (1) and (3), nothing trained: what both know", None),
 }
 COMPARED = ("transformer", "equal-time", "decorrelation", "twin")  # every arm minus each of these
 SCORES = ("miou", "mf1", "oa", "boundary_f1")
@@ -155,6 +160,35 @@ def run_cell(config: Config, name: str, seed: int, ratio: float, threads: int) -
             cell.out / "crops.npy", predicted_crops(run.model.transformer, run.val_set, run.device)
         )
     return row
+
+
+def score_ensemble(config: Config, seed: int) -> dict | None:
+    """A row of cells.csv for arm 14, or None while one of the two it needs is not finished."""
+    students = []
+    for name in ("transformer", "cnn"):
+        cell = cell_config(config, name, seed, 1.0)
+        if not (cell.out / "last.pt").exists():
+            return None
+        run = train.Run(replace(cell, resume=True))
+        if run.step < config.steps:
+            return None
+        students += run.students.values()
+    result = evaluate(Ensemble(*students).eval(), test_set(config), device=run.device)
+    row = dict.fromkeys(COLUMNS) | {"arm": "ensemble", "seed": seed, "steps": config.steps}
+    found = {score: result[score] for score in SCORES if result[score] is not None}
+    return row | {f"transformer_{score}": round(100 * value, 3) for score, value in found.items()}
+
+
+class Ensemble(torch.nn.Module):
+    """Images -> the logarithm of two students' mean probabilities, (B, K, H/4, W/4)."""
+
+    def __init__(self, one: torch.nn.Module, other: torch.nn.Module):
+        super().__init__()
+        self.one, self.other = one, other
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        one, other = self.one(images).log_softmax(1), self.other(images).log_softmax(1)
+        return torch.logaddexp(one, other) - math.log(2)
 
 
 class redirected:
@@ -373,6 +407,7 @@ def chains(config: Config, done: set) -> list[list[tuple[str, int]]]:
     found = []
     for seed in range(config.seeds):
         wanted = [name for name in ARMS if name in config.arms and (name, seed) not in done]
+        wanted = [name for name in wanted if ARMS[name].options is not None]
         teacher = config.out / "cnn" / str(seed) / "last.pt"
         if "frozen" in wanted:
             before = ["cnn"] if "cnn" in wanted or not teacher.exists() else []
@@ -425,6 +460,10 @@ def main(arguments: list[str]) -> None:
         except StoppedError:
             print("interrupted: the same command goes on from here")
             sys.exit(128 + signal.SIGINT)
+    if "ensemble" in config.arms:
+        there = {row["seed"] for row in rows if row["arm"] == "ensemble"}
+        open_ones = (seed for seed in range(config.seeds) if seed not in there)
+        rows += filter(None, (score_ensemble(config, seed) for seed in open_ones))
     report(config, rows)
     if sheet := draw_crops(config, test_set(config)):
         sheet.save(config.out / "crops.png")
