@@ -70,7 +70,7 @@ ARMS = {
     "plain": Arm(11, "full, plain encoder", {"encoder": "plain"}),
     "twin": Arm(12, "full, a second Transformer for the CNN", {"encoder": "transformer"}),
     "perturbed": Arm(13, "Transformer alone, perturbed", ALONE),
-    "ensemble": Arm(14, "mean of (1) and (3), nothing trained: what both know", None),
+    "ensemble": Arm(14, "mean of (1) and (3), not trained", None),
 }
 COMPARED = ("transformer", "equal-time", "decorrelation", "twin")  # every arm minus each of these
 SCORES = ("miou", "mf1", "oa", "boundary_f1")

@@ -124,7 +124,7 @@ class Config:
         return {k: v for k, v in plain.items() if k not in ("out", "resume", "device", "cache")}
 
 
-REPORTS, REPORTS_PER_SAVE = 30, 5  # a run has 30 reports and saves 6 times
+REPORTS, REPORTS_PER_SAVE = 30, 5  # a run has at most 30 reports and saves 6 times
 
 
 # --- The run ------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ class Run:
 
     def train_until_done(self, stop: "StopSignal") -> None:
         c = self.config
-        report_every = max(1, c.steps // REPORTS)
+        report_every = math.ceil(c.steps / REPORTS)  # no short report at the end
         # Multiples, so that a report is always at hand.
         save_every = report_every * REPORTS_PER_SAVE
         validate_every = report_every * max(1, REPORTS // c.validations)
