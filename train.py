@@ -280,7 +280,8 @@ class Run:
 
     def train_until_done(self, stop: "StopSignal") -> None:
         c = self.config
-        report_every = math.ceil(c.steps / REPORTS)  # no short report at the end
+        # Rounded up, so that 4000 steps do not end in a report of 10.
+        report_every = math.ceil(c.steps / REPORTS)
         # Multiples, so that a report is always at hand.
         save_every = report_every * REPORTS_PER_SAVE
         validate_every = report_every * max(1, REPORTS // c.validations)
