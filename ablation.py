@@ -153,8 +153,7 @@ def run_cell(config: Config, name: str, seed: int, ratio: float, threads: int) -
     row["seconds"] = round(run.seconds, 1)
     row["step_ms"] = round(1000 * run.seconds / run.step, 1)
     for student, result in scores.items():
-        found = {score: result[score] for score in SCORES if result[score] is not None}
-        row |= {f"{student}_{score}": round(100 * value, 3) for score, value in found.items()}
+        row |= per_cent(student, result)
     if run.model.transformer:
         np.save(
             cell.out / "crops.npy", predicted_crops(run.model.transformer, run.val_set, run.device)
@@ -162,7 +161,13 @@ def run_cell(config: Config, name: str, seed: int, ratio: float, threads: int) -
     return row
 
 
-def score_ensemble(config: Config, seed: int) -> dict | None:
+def per_cent(student: str, result: dict) -> dict:
+    """A student's columns of cells.csv; a score that is not defined stays empty."""
+    found = {score: result[score] for score in SCORES if result[score] is not None}
+    return {f"{student}_{score}": round(100 * value, 3) for score, value in found.items()}
+
+
+def score_ensemble(config: Config, seed: int, test: Dataset) -> dict | None:
     """A row of cells.csv for arm 14, or None while one of the two it needs is not finished."""
     students = []
     for name in ("transformer", "cnn"):
@@ -173,10 +178,9 @@ def score_ensemble(config: Config, seed: int) -> dict | None:
         if run.step < config.steps:
             return None
         students += run.students.values()
-    result = evaluate(Ensemble(*students).eval(), test_set(config), device=run.device)
+    result = evaluate(Ensemble(*students).eval(), test, device=run.device)
     row = dict.fromkeys(COLUMNS) | {"arm": "ensemble", "seed": seed, "steps": config.steps}
-    found = {score: result[score] for score in SCORES if result[score] is not None}
-    return row | {f"transformer_{score}": round(100 * value, 3) for score, value in found.items()}
+    return row | per_cent("transformer", result)
 
 
 class Ensemble(torch.nn.Module):
@@ -406,8 +410,11 @@ def chains(config: Config, done: set) -> list[list[tuple[str, int]]]:
     """Cells that are still to be run, seed by seed; within a chain one waits for the one before."""
     found = []
     for seed in range(config.seeds):
-        wanted = [name for name in ARMS if name in config.arms and (name, seed) not in done]
-        wanted = [name for name in wanted if ARMS[name].options is not None]
+        wanted = [
+            name
+            for name, arm in ARMS.items()
+            if name in config.arms and arm.options is not None and (name, seed) not in done
+        ]
         teacher = config.out / "cnn" / str(seed) / "last.pt"
         if "frozen" in wanted:
             before = ["cnn"] if "cnn" in wanted or not teacher.exists() else []
@@ -460,12 +467,13 @@ def main(arguments: list[str]) -> None:
         except StoppedError:
             print("interrupted: the same command goes on from here")
             sys.exit(128 + signal.SIGINT)
+    test = test_set(config)
     if "ensemble" in config.arms:
         there = {row["seed"] for row in rows if row["arm"] == "ensemble"}
         open_ones = (seed for seed in range(config.seeds) if seed not in there)
-        rows += filter(None, (score_ensemble(config, seed) for seed in open_ones))
+        rows += filter(None, (score_ensemble(config, seed, test) for seed in open_ones))
     report(config, rows)
-    if sheet := draw_crops(config, test_set(config)):
+    if sheet := draw_crops(config, test):
         sheet.save(config.out / "crops.png")
     print((config.results / "table.md").read_text())
 

@@ -198,10 +198,11 @@ def test_scores_are_of_the_last_step(small):
 
 def test_the_ensemble_is_of_two_finished_cells(small):
     config = small()
+    test = ablation.test_set(config)
     ablation.run_cell(config, "transformer", 0, 1.0, 1)
-    assert ablation.score_ensemble(config, 0) is None
+    assert ablation.score_ensemble(config, 0, test) is None
     ablation.run_cell(config, "cnn", 0, 1.0, 1)
-    row = ablation.score_ensemble(config, 0)
+    row = ablation.score_ensemble(config, 0, test)
     assert row["arm"] == "ensemble" and row["steps"] == 2 and 0 <= row["transformer_miou"] <= 100
     assert row["step_ms"] is row["cnn_miou"] is None
 
