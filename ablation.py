@@ -9,7 +9,8 @@ time; those in --results/cells.csv are not run again, one that was interrupted g
 command goes on with the table. All arms of a seed see the same windows in the same order and start
 with the same Transformer (of arm 13 alone the learning rate differs, by a ten-thousandth). Arm 14
 is no run: it averages the probabilities of a Transformer and a CNN that never met, which is about
-what one could learn from the other.
+what one could learn from the other. Arm 15 is what arm 8 does to the Transformer, without training
+a CNN beside it.
 
 The model of the last step is scored on the test split (val where there is no test split), once:
 nothing is selected on it. --results also gets table.md and differences.png.
@@ -71,6 +72,7 @@ ARMS = {
     "twin": Arm(12, "full, a second Transformer for the CNN", {"encoder": "transformer"}),
     "perturbed": Arm(13, "Transformer alone, perturbed", ALONE),
     "ensemble": Arm(14, "mean of (1) and (3), not trained", None),
+    "penalised": Arm(15, "Transformer alone, decorrelated", ALONE | {"align": "decorrelation"}),
 }
 COMPARED = ("transformer", "equal-time", "decorrelation", "twin")  # every arm minus each of these
 SCORES = ("miou", "mf1", "oa", "boundary_f1")

@@ -440,9 +440,14 @@ class CTCLM(nn.Module):
         if config.students != "transformer":
             second = config.encoder == "transformer"
             self.cnn = Transformer(*size) if second else CNN(*size, config.encoder)
-        stages = variant.channels if config.align and config.students == "both" else ()
-        self.transformer_projectors = nn.ModuleList(Projector(C, config.shared_dim) for C in stages)
-        self.cnn_projectors = nn.ModuleList(Projector(C, config.shared_dim) for C in stages)
+        self.transformer_projectors, self.cnn_projectors = (
+            nn.ModuleList(
+                Projector(C, config.shared_dim)
+                for C in variant.channels
+                if config.align and student is not None
+            )
+            for student in (self.transformer, self.cnn)
+        )
 
     def forward(self, images: Tensor) -> Output:
         """images (B, C, H, W) float, 0..255 -> Output."""
@@ -458,13 +463,19 @@ class CTCLM(nn.Module):
     def shared_space(self, output: Output) -> list[tuple[Tensor, Tensor]]:
         """(CNN, Transformer) projections of each stage, (B, shared_dim, H_s, W_s), before L2.
 
-        Empty without alignment.
+        Of a student that is not there: None. Empty without alignment.
         """
-        if not self.cnn_projectors:
+        if not self.config.align:
             return []
-        projectors = zip(self.cnn_projectors, self.transformer_projectors, strict=True)
-        features = zip(output.cnn_features, output.transformer_features, strict=True)
-        return [(p(x), q(y)) for (p, q), (x, y) in zip(projectors, features, strict=True)]
+
+        def project(projectors: nn.ModuleList, features: list[Tensor] | None):
+            if features is None:
+                return [None] * 4
+            return (p(x) for p, x in zip(projectors, features, strict=True))
+
+        cnn = project(self.cnn_projectors, output.cnn_features)
+        transformer = project(self.transformer_projectors, output.transformer_features)
+        return list(zip(cnn, transformer, strict=True))
 
     def objective(self, output: Output, labels: Tensor, ramp: float = 1.0) -> Losses:
         """L = CE_t + CE_c + ramp (alpha align + beta region + gamma transfer) + delta decorrelation
@@ -502,14 +513,23 @@ class CTCLM(nn.Module):
         )
 
     def alone(self, output: Output, labels: Tensor) -> Losses:
-        """The cross entropy of the one student there is; every other term is 0."""
-        z = output.cnn_logits if self.transformer is None else output.transformer_logits
+        """Cross entropy and decorrelation of the one student there is; the other terms are 0."""
+        name = self.config.students
         valid = labels != self.config.ignore_index
         target = labels.long().masked_fill(~valid, 0)
-        values = torch.where(valid, cross_entropy(upsample(z, labels), target), 0)
-        ce, none = values.sum() / valid.sum().clamp(min=1), values.new_zeros(())
-        losses = Losses(ce, *[none] * 8)
-        return losses._replace(**{f"{self.config.students}_ce": ce})
+        logits = upsample(getattr(output, f"{name}_logits"), labels)
+        values = torch.where(valid, cross_entropy(logits, target), 0)
+        ce = values.sum() / valid.sum().clamp(min=1)
+        none = decorrelation = values.new_zeros(())
+        projections = self.shared_space(output)
+        with torch.autocast(labels.device.type, enabled=False):
+            for pair in projections:
+                (h,) = (h for h in pair if h is not None)
+                counts = labelled_positions(valid[:, None].float(), h)
+                decorrelation = decorrelation + covariance_penalty(h, counts) / 8  # as in company
+        total = ce + self.config.delta * decorrelation
+        losses = Losses(total, *[none] * 8)
+        return losses._replace(**{f"{name}_ce": ce}, decorrelation=decorrelation)
 
     def alignment(self, output: Output, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The shared space's three terms, in float32: align, region, decorrelation.
@@ -520,14 +540,13 @@ class CTCLM(nn.Module):
         moves. Positions without a valid pixel do not count.
         """
         align = region = decorrelation = torch.zeros((), device=labels.device)
-        if not self.cnn_projectors:
+        if not self.config.align:
             return align, region, decorrelation
         valid, gap = self.labelled_gap(output, labels)  # (B, 1, H/4, W/4), no gradient
         projections = self.shared_space(output)
         with torch.autocast(labels.device.type, enabled=False):
             for s, (h_c, h_t) in enumerate(projections):
-                weight = F.adaptive_avg_pool2d(valid, h_c.shape[-2:])  # (B, 1, H_s, W_s)
-                counts = (weight > 0).float()
+                counts = labelled_positions(valid, h_c)
                 to_cnn, to_transformer = directed_distances(h_c.float(), h_t.float())
                 if s < 2:
                     align = align + mean(0.5 * (to_cnn + to_transformer), counts) / 2
@@ -554,6 +573,11 @@ class CTCLM(nn.Module):
         l_t = cross_entropy(output.transformer_logits.float(), target)
         l_c = cross_entropy(output.cnn_logits.float(), target)
         return valid, torch.where(known, l_t - l_c, 0)[:, None]
+
+
+def labelled_positions(valid: Tensor, h: Tensor) -> Tensor:
+    """1 where a position of h (B, D, H_s, W_s) has a pixel with valid (B, 1, H, W) > 0."""
+    return (F.adaptive_avg_pool2d(valid, h.shape[-2:]) > 0).float()
 
 
 def directed_distances(h_c: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:

@@ -165,7 +165,8 @@ class Run:
                 encoder=config.encoder,
                 distill=config.distill,
                 gamma=config.gamma,
-                align=config.align != "off",
+                align=config.align == "decorrelation"
+                or (config.align == "on" and config.students == "both"),
                 **({"alpha": 0.0, "beta": 0.0} if config.align == "decorrelation" else {}),
             )
         ).to(self.device)
@@ -177,10 +178,9 @@ class Run:
         if self.model.cnn and not config.teacher:
             self.students["cnn"] = self.model.cnn
         self.branches = dict(self.students)
-        if self.model.cnn_projectors:
-            self.branches["projectors"] = torch.nn.ModuleList(
-                [self.model.cnn_projectors, self.model.transformer_projectors]
-            )
+        projectors = [*self.model.cnn_projectors, *self.model.transformer_projectors]
+        if projectors:
+            self.branches["projectors"] = torch.nn.ModuleList(projectors)
         self.optimizer = make_optimizer(self.model, config.lr)
         scenes = few_labels(self.train_set, config)
         rare = rare_share(scenes) if config.rare is None else config.rare

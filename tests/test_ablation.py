@@ -77,6 +77,7 @@ def test_each_arm_is_what_it_says(small):
     assert changed("equal-time", 2.5) == alone | {"steps": 5}
     assert changed("cnn") == alone | {"students": "cnn"}
     assert changed("perturbed") == alone | {"lr": pytest.approx(3e-3 * 1.0001)}
+    assert changed("penalised") == alone | {"align": "decorrelation"}
     assert changed("mutual") == {"distill": "mutual", "gamma": 0.5, "align": "off"}
     assert changed("one-way") == {"distill": "cnn_to_transformer", "align": "off"}
     teacher = str(config.out / "cnn" / "0" / "last.pt")

@@ -369,8 +369,8 @@ def test_one_student_alone(one, other):
     """The other one is not even built, and the loss is the cross entropy it has in company."""
     torch.manual_seed(3)
     both = CTCLM(ModelConfig(variant="tiny", distill="none", align=False))
-    alone = CTCLM(ModelConfig(variant="tiny", students=one))
-    assert getattr(alone, other) is None and not alone.cnn_projectors
+    alone = CTCLM(ModelConfig(variant="tiny", students=one, align=False))
+    assert getattr(alone, other) is None and not getattr(alone, f"{one}_projectors")
     getattr(alone, one).load_state_dict(getattr(both, one).state_dict())
     x, y = images(), labels()
     y[0, :20] = 255
@@ -382,8 +382,29 @@ def test_one_student_alone(one, other):
     assert alone.shared_space(alone(x)) == []
 
 
-def test_autocast_keeps_the_losses_in_float32():
-    model = CTCLM(ModelConfig(variant="tiny"))
+@pytest.mark.parametrize("one, other", [("transformer", "cnn"), ("cnn", "transformer")])
+def test_one_student_decorrelated_alone_learns_what_it_does_in_company(one, other):
+    """Where nothing is transferred and nothing aligned the other one makes no difference."""
+    options = {"variant": "tiny", "delta": 3.0, "alpha": 0.0, "beta": 0.0, "distill": "none"}
+    both, alone = (CTCLM(ModelConfig(**options, students=s)) for s in ("both", one))
+    assert getattr(alone, other) is None and not getattr(alone, f"{other}_projectors")
+    alone.load_state_dict({k: v for k, v in both.state_dict().items() if k.startswith(one)})
+    x, y = images(), labels()
+    y[0], y[1, :20] = 255, 255
+    gradients = []
+    for model in (both, alone):
+        loss = model.objective(model(x), y)
+        loss.total.backward()
+        gradients.append({k: p.grad for k, p in model.named_parameters() if k.startswith(one)})
+    assert loss.decorrelation > 0
+    torch.testing.assert_close(loss.total, getattr(loss, f"{one}_ce") + 3 * loss.decorrelation)
+    # The cross entropy is summed in another order; gradients reach 1e-1, most are near 1e-3.
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("students", ["both", "transformer"])
+def test_autocast_keeps_the_losses_in_float32(students):
+    model = CTCLM(ModelConfig(variant="tiny", students=students))
     with torch.autocast("cpu", torch.bfloat16):
         loss = model.objective(model(images()), labels())
     assert all(term.dtype == torch.float32 and term.isfinite() for term in loss)

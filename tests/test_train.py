@@ -261,6 +261,16 @@ def test_decorrelation_alone_aligns_nothing(small):
     torch.testing.assert_close(losses.total, wanted)
 
 
+def test_one_student_alone_is_decorrelated_only_when_asked(small):
+    """--align on, the default, has nothing to align with."""
+    assert set(train.Run(small(students="transformer")).branches) == {"transformer"}
+    run_ = train.Run(small(students="transformer", align="decorrelation"))
+    assert set(run_.branches) == {"transformer", "projectors"}
+    losses = run_.train_step(*run_.windows.batch(0))
+    assert losses.decorrelation > 0
+    torch.testing.assert_close(losses.total, losses.transformer_ce + losses.decorrelation)
+
+
 # --- Data ---------------------------------------------------------------------------------------
 
 
