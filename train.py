@@ -81,7 +81,8 @@ class Config:
         "both", "who is there; one alone has nobody to learn from"
     )
     teacher: Path = cli.option(None, "last.pt of a run whose CNN teaches and stays as it is")
-    labelled: int = cli.option(0, "train on the first so many scenes (0: on all)")
+    labelled: int = cli.option(0, "train on so many scenes (0: on all)")
+    labelled_from: int = cli.option(0, "the first of these, counted from 0")
     labelled_side: int = cli.option(0, "and of these only on a square of so many pixels (0: all)")
     validations: int = cli.option(6, "how often to validate")
     out: Path = cli.option(Path("runs/toy"), "the run's folder")
@@ -98,7 +99,7 @@ class Config:
             raise cli.UsageError(f"--crop must be a multiple of 32; got {self.crop}")
         if self.batch * self.crop**2 <= 32**2:  # a single position at stride 32 has no variance
             raise cli.UsageError("--batch 1 needs --crop 64 or more")
-        for name in ("labelled", "labelled_side", "gamma"):
+        for name in ("labelled", "labelled_from", "labelled_side", "gamma"):
             if not getattr(self, name) >= 0:
                 raise cli.UsageError(f"--{name.replace('_', '-')} must be at least 0")
         if self.validations < 1:
@@ -446,13 +447,15 @@ class StopSignal:
 
 
 def few_labels(dataset: Dataset, config: Config) -> list[Scene]:
-    """The first scenes, cut to a square in the middle of each if asked."""
-    count, side, K = config.labelled, config.labelled_side, len(dataset.classes.names)
-    if count > len(dataset.scenes):
+    """Some scenes, cut to a square in the middle of each if asked."""
+    first, side, K = config.labelled_from, config.labelled_side, len(dataset.classes.names)
+    end = first + config.labelled if config.labelled else len(dataset.scenes)
+    if not first < end <= len(dataset.scenes):
         raise cli.UsageError(
-            f"--labelled {count}, but there are {len(dataset.scenes)} training scenes"
+            f"--labelled {config.labelled} --labelled-from {first}, but there are "
+            f"{len(dataset.scenes)} training scenes"
         )
-    scenes = dataset.scenes[: count or None]
+    scenes = dataset.scenes[first:end]
     return [middle(scene, side, K) for scene in scenes] if side else scenes
 
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import ablation
+import cli
 import train
 from checkpoint import CheckpointError, read
 from data import DataError
@@ -30,7 +31,8 @@ def small(tmp_path, write_folder):
 
     def config(**options):
         settings = {"data": "folder", "root": root, "steps": 2, "batch": 2, "crop": 32, "seeds": 1}
-        settings |= {"labelled": 1, "labelled_side": 0, "device": "cpu"}
+        settings |= {"labelled": 1, "labelled_from": (0, 1, 0, 1), "labelled_side": 0}
+        settings |= {"device": "cpu"}
         settings |= {"results": tmp_path / "results", "out": tmp_path / "runs"}
         return ablation.Config(**settings | options)
 
@@ -60,6 +62,23 @@ def test_equal_data_and_equal_initial_transformer_weights_in_every_arm(small, tm
         assert np.array_equal(images, first[0]) and np.array_equal(labels, first[1]), name
         for key in weights or ():
             assert torch.equal(weights[key], first[2][key]), (name, key)
+
+
+def test_each_seed_has_labels_of_its_own(small):
+    """By default on toy: a square in which every class occurs."""
+    config = small()
+    for seed, scene in enumerate((0, 1, 0, 1)):
+        assert ablation.cell_config(config, "full", seed, 1.0).labelled_from == scene
+        for_all = ablation.cell_config(replace(config, labelled=0), "full", seed, 1.0)
+        assert for_all.labelled_from == 0
+    toy = ablation.Config()
+    assert len(set(toy.labelled_from)) == len(toy.labelled_from) >= toy.seeds
+    scenes = ablation.load("toy", None, "train").scenes
+    for k in toy.labelled_from:
+        label = train.middle(scenes[k], toy.labelled_side, 6).label
+        assert np.bincount(label.ravel(), minlength=6)[:6].min() >= 100, k
+    with pytest.raises(cli.UsageError, match="has 4 scenes for 5 seeds"):
+        small(seeds=5)
 
 
 def test_each_arm_is_what_it_says(small):
@@ -95,7 +114,7 @@ def test_each_arm_is_what_it_says(small):
 def test_a_table_goes_on_where_it_stopped(small, program, capsys, monkeypatch):
     config = small()
     arguments = ["--data", "folder", "--root", config.root, "--steps", 2, "--batch", 2]
-    arguments += ["--crop", 32, "--labelled", 1, "--device", "cpu"]
+    arguments += ["--crop", 32, "--labelled", 1, "--labelled-from", 0, 1, 0, 1, "--device", "cpu"]
     arguments += ["--labelled-side", 0, "--results", config.results, "--out", config.out]
     arms = ["--arms", "transformer", "frozen", "full"]
     assert program(ablation.main, ERRORS, *arguments, *arms, "--seeds", 1) == (0, "")
@@ -163,7 +182,8 @@ def test_an_interrupted_table_saves_its_runs(small, to_a_run):
     config = small()
     ablation.prepare(replace(config, steps=100_000))
     arguments = ["--data", "folder", "--root", config.root, "--steps", 100_000, "--batch", 2]
-    arguments += ["--crop", 32, "--labelled", 1, "--device", "cpu", "--jobs", 2]
+    arguments += ["--crop", 32, "--labelled", 1, "--labelled-from", 0, 1, 0, 1, "--jobs", 2]
+    arguments += ["--seeds", 4, "--device", "cpu"]
     arguments += ["--labelled-side", 0, "--arms", "transformer", "full"]
     arguments += ["--results", config.results, "--out", config.out]
     process = subprocess.Popen([sys.executable, "ablation.py", *map(str, arguments)])

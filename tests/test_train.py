@@ -247,9 +247,9 @@ def test_a_teacher_must_be_a_cnn_of_the_same_size(small, tmp_path):
 
 
 def test_the_labelled_square_is_in_the_middle(small):
-    run_ = train.Run(small(labelled=1, labelled_side=40))
+    run_ = train.Run(small(labelled=1, labelled_from=1, labelled_side=40))
     (scene,) = run_.windows.scenes
-    whole = run_.train_set.scenes[0]
+    whole = run_.train_set.scenes[1]
     assert np.array_equal(scene.label, whole.label[12:52, 28:68])
     assert np.array_equal(scene.image, whole.image[12:52, 28:68])
 
@@ -337,7 +337,9 @@ BAD_OPTIONS = {
     "--labelled -1": "--labelled must be at least 0",
     "--gamma nan": "--gamma must be at least 0",
     "--validations 0": "--validations must be positive",
-    "--labelled 99": "--labelled 99, but there are 24 training scenes",
+    "--labelled 99": "--labelled 99 --labelled-from 0, but there are 24 training scenes",
+    "--labelled 2 --labelled-from 23": "--labelled-from 23, but there are 24 training scenes",
+    "--labelled-from 24": "--labelled 0 --labelled-from 24, but there are 24 training scenes",
     "--teacher x.pt": "--teacher, a CNN that does not learn, needs --students both",
     "--rare 1.5": "--rare is a share, 0 to 1; got 1.5",
     "--rare often": "invalid float value: 'often'",
