@@ -104,6 +104,7 @@ class Config:
     labelled: int = cli.option(1, "train on so many scenes (0: on all)")
     labelled_from: tuple[int, ...] = cli.option(SQUARES, "the first of these, for each seed")
     labelled_side: int = cli.option(192, "and of these only on a square of so many pixels (0: all)")
+    augment: Literal["on", "turns"] = cli.option("on", "turns: no change of scale and light")
     jobs: int = cli.option(1, "runs at a time")
     results: Path = cli.option(Path("results/toy"), "folder of the table")
     out: Path = cli.option(Path("runs/ablation"), "folder of the runs")
@@ -123,7 +124,7 @@ class Config:
 
     def settings(self) -> dict:
         """What all cells of a table have in common."""
-        names = "data variant steps batch crop lr labelled labelled_side".split()
+        names = "data variant steps batch crop lr labelled labelled_side augment".split()
         found = {name: getattr(self, name) for name in names}
         return found | {"labelled_from": list(self.labelled_from if self.labelled else ())}
 
@@ -406,9 +407,9 @@ def prepare(config: Config) -> dict:
     if path.exists():
         settings = json.loads(path.read_text())
         for key, value in config.settings().items():
-            if settings[key] != value:
+            if (before := settings.get(key)) != value:
                 raise cli.UsageError(
-                    f"{config.results}: was made with --{key} {settings[key]}, not {value}; go on "
+                    f"{config.results}: was made with --{key} {before}, not {value}; go on "
                     f"with the same options or choose another --results and --out"
                 )
         return settings

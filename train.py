@@ -84,6 +84,9 @@ class Config:
     labelled: int = cli.option(0, "train on so many scenes (0: on all)")
     labelled_from: int = cli.option(0, "the first of these, counted from 0")
     labelled_side: int = cli.option(0, "and of these only on a square of so many pixels (0: all)")
+    augment: Literal["on", "turns"] = cli.option(
+        "on", "turns: windows are turned and flipped, but keep their scale and light"
+    )
     validations: int = cli.option(6, "how often to validate")
     out: Path = cli.option(Path("runs/toy"), "the run's folder")
     resume: bool = cli.option(False, "continue the run in --out")
@@ -185,7 +188,14 @@ class Run:
         self.optimizer = make_optimizer(self.model, config.lr)
         scenes = few_labels(self.train_set, config)
         rare = rare_share(scenes) if config.rare is None else config.rare
-        self.windows = Windows(scenes, config.crop, config.batch, seed=config.seed, rare=rare)
+        self.windows = Windows(
+            scenes,
+            config.crop,
+            config.batch,
+            seed=config.seed,
+            rare=rare,
+            augment=config.augment == "on",
+        )
         bf16 = config.precision == "bf16" or (
             config.precision == "auto" and self.device.type == "cuda"
         )

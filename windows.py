@@ -39,6 +39,7 @@ class Windows:
     seed: int = 0
     rank: int = 0
     rare: float = 0.0  # share of the windows that are drawn around a pixel of a rare class
+    augment: bool = True  # in scale and light; without, windows are turned and flipped only
 
     def __post_init__(self):
         areas = np.array([scene.label.size for scene in self.scenes], float)
@@ -61,11 +62,13 @@ class Windows:
             scene, point = self.places[rng.integers(len(self.places))].draw(rng, self.scenes)
         else:
             scene = rng.choice(len(self.shares), p=self.shares)
-        side = round(self.crop / rng.uniform(0.5, 1.5))  # in the scene's pixels
+        side = self.crop  # in the scene's pixels
+        if self.augment:
+            side = round(side / rng.uniform(0.5, 1.5))
         image, label = cut(self.scenes[scene], side, rng, point)
         image, label = resize(image, label, self.crop)
         image, label = turn(image, label, quarter=rng.integers(4), flip=rng.integers(2))
-        return change_light(image, rng), label
+        return change_light(image, rng) if self.augment else image, label
 
 
 class Places:

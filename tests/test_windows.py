@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import data
 from data import Scene
 from labels import CELL, count_cells
 from layouts import IGNORE
@@ -105,6 +106,21 @@ def test_light_changes_values_and_not_places():
     assert changed.shape == image.shape
     assert (np.diff(changed[0], axis=0) >= 0).all()  # brighter stays brighter
     assert np.array_equal(changed[0], changed[1])
+
+
+def test_without_augmentation_a_window_is_a_turned_piece_of_its_scene():
+    (scene,) = scenes = data.load("toy", None, "train").scenes[:1]
+    images, labels = Windows(scenes, crop=64, batch_size=8, augment=False).batch(3)
+    pieces = np.lib.stride_tricks.sliding_window_view(np.asarray(scene.label), (64, 64))
+    for image, label in zip(images.transpose(0, 2, 3, 1), labels, strict=True):
+        turns = [(np.rot90(image, k), np.rot90(label, k)) for k in range(4)]
+        turns += [(i[:, ::-1], m[:, ::-1]) for i, m in turns]
+        found = [
+            np.array_equal(i, scene.image[top : top + 64, left : left + 64])
+            for i, m in turns
+            for top, left in np.argwhere((pieces == m).all(axis=(2, 3)))
+        ]
+        assert any(found)
 
 
 def test_small_scenes_are_padded_and_the_padding_is_ignored():
