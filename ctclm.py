@@ -382,7 +382,7 @@ class ModelConfig:
     distill: Literal["none", "cnn_to_transformer", "transformer_to_cnn", "mutual", "selective"] = (
         "selective"  # who teaches whom; selective: at each pixel, the one that is right
     )
-    align: bool = True  # the shared representation space
+    align: bool = True  # the shared representation space; of one student: its decorrelation
     shared_dim: int = 64  # its dimension
     temperature: float = 1.0  # softens both distributions in the transfer
     kappa: float = 0.5  # width of the gate, in nats of cross entropy

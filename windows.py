@@ -68,7 +68,9 @@ class Windows:
         image, label = cut(self.scenes[scene], side, rng, point)
         image, label = resize(image, label, self.crop)
         image, label = turn(image, label, quarter=rng.integers(4), flip=rng.integers(2))
-        return change_light(image, rng) if self.augment else image, label
+        if self.augment:
+            image = change_light(image, rng)
+        return image, label
 
 
 class Places:

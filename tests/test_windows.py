@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-import data
-from data import Scene
+from data import Scene, load
 from labels import CELL, count_cells
 from layouts import IGNORE
 from windows import Windows, change_light, cut, prefetch, rare_places, rare_share, resize, start
@@ -109,7 +108,7 @@ def test_light_changes_values_and_not_places():
 
 
 def test_without_augmentation_a_window_is_a_turned_piece_of_its_scene():
-    (scene,) = scenes = data.load("toy", None, "train").scenes[:1]
+    (scene,) = scenes = load("toy", None, "train").scenes[:1]
     images, labels = Windows(scenes, crop=64, batch_size=8, augment=False).batch(3)
     pieces = np.lib.stride_tricks.sliding_window_view(np.asarray(scene.label), (64, 64))
     for image, label in zip(images.transpose(0, 2, 3, 1), labels, strict=True):
