@@ -408,8 +408,9 @@ def prepare(config: Config) -> dict:
         settings = json.loads(path.read_text())
         for key, value in config.settings().items():
             if (before := settings.get(key)) != value:
+                option = f"--{key.replace('_', '-')}"
                 raise cli.UsageError(
-                    f"{config.results}: was made with --{key} {before}, not {value}; go on "
+                    f"{config.results}: was made with {option} {before}, not {value}; go on "
                     f"with the same options or choose another --results and --out"
                 )
         return settings

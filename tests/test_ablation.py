@@ -252,6 +252,8 @@ def test_other_options_need_another_table(small):
     assert ablation.prepare(config) == settings
     with pytest.raises(ablation.cli.UsageError, match="was made with --steps 2, not 3"):
         ablation.prepare(small(steps=3))
+    with pytest.raises(ablation.cli.UsageError, match="made with --labelled-side 0, not 64"):
+        ablation.prepare(small(labelled_side=64))
 
 
 def test_the_teacher_comes_first(small):
