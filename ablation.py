@@ -408,10 +408,9 @@ def prepare(config: Config) -> dict:
         settings = json.loads(path.read_text())
         for key, value in config.settings().items():
             if (before := settings.get(key)) != value:
-                option = f"--{key.replace('_', '-')}"
                 raise cli.UsageError(
-                    f"{config.results}: was made with {option} {before}, not {value}; go on "
-                    f"with the same options or choose another --results and --out"
+                    f"{config.results}: was made with {cli.flag(key)} {before}, not {value}; "
+                    f"go on with the same options or choose another --results and --out"
                 )
         return settings
     config.results.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,11 @@ def option(default, help, *, positional: bool = False):
     return field(default=default, metadata=metadata)
 
 
+def flag(name: str) -> str:
+    """A field's name as it is typed: "max_unknown" -> "--max-unknown"."""
+    return "--" + name.replace("_", "-")
+
+
 class OneSentenceParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists the options\n")
@@ -49,9 +54,7 @@ def parse(config_class, arguments: list[str], description: str = ""):
     for f in fields(config_class):
         kind, settings = types[f.name], {"help": f.metadata["help"]}
         default = f.default
-        name = "--" + f.name.replace("_", "-")
-        if f.metadata["positional"]:
-            name = f.name
+        name = f.name if f.metadata["positional"] else flag(f.name)
         if get_origin(kind) is Literal:
             settings |= {"choices": get_args(kind), "default": default}
         elif get_origin(kind) is tuple:

@@ -84,7 +84,7 @@ class Config:
     def refuse(self, why: str, names: str) -> None:
         for name in names.split():
             if getattr(self, name):
-                raise cli.UsageError(f"--{name.replace('_', '-')} {why}")
+                raise cli.UsageError(f"{cli.flag(name)} {why}")
 
 
 def main(arguments: list[str]) -> None:

@@ -104,7 +104,7 @@ class Config:
             raise cli.UsageError("--batch 1 needs --crop 64 or more")
         for name in ("labelled", "labelled_from", "labelled_side", "gamma"):
             if not getattr(self, name) >= 0:
-                raise cli.UsageError(f"--{name.replace('_', '-')} must be at least 0")
+                raise cli.UsageError(f"{cli.flag(name)} must be at least 0")
         if self.validations < 1:
             raise cli.UsageError("--validations must be positive: the last step is validated")
         taught = (self.students, self.distill, self.align) == ("both", "cnn_to_transformer", "off")
@@ -116,7 +116,7 @@ class Config:
         for name in ("rare", "max_unknown"):
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise cli.UsageError(
-                    f"--{name.replace('_', '-')} is a share, 0 to 1; got {getattr(self, name)}"
+                    f"{cli.flag(name)} is a share, 0 to 1; got {getattr(self, name)}"
                 )
         if not 0 <= self.seed < 2**63:
             raise cli.UsageError(f"--seed must be at least 0; got {self.seed}")
@@ -223,7 +223,7 @@ class Run:
         for key, value in self.config.saved().items():
             if state["config"].get(key) != value:
                 raise cli.UsageError(
-                    f"{self.config.out}: was started with --{key.replace('_', '-')} "
+                    f"{self.config.out}: was started with {cli.flag(key)} "
                     f"{state['config'].get(key)}, not {value}; resume it with the same options"
                 )
         self.model.load_state_dict(state["model"])
