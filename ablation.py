@@ -1,6 +1,6 @@
 """Does teaching each other help, and which part of it: a table of controls and seeds.
 
-    python ablation.py                                  # toy scenes, 5 seeds, all arms
+    python ablation.py                                  # toy scenes, 10 seeds, all arms
     python ablation.py --arms full transformer --seeds 2 --jobs 2
     python ablation.py --data folder --root DIR --results results/mine
 
@@ -95,16 +95,16 @@ class Config:
     data: Literal[*DATA_SETS] = cli.option("toy", "data set")
     root: Path = cli.option(None, "the data set's folder (toy needs none)")
     arms: tuple[str, ...] = cli.option(tuple(ARMS), "which to run")
-    seeds: int = cli.option(5, "how many")
+    seeds: int = cli.option(10, "how many")
     variant: Literal["tiny", "b0", "b1", "b2"] = cli.option("tiny", "size of both students")
-    steps: int = cli.option(4000, "optimiser steps of every arm but equal-time")
+    steps: int = cli.option(4890, "optimiser steps of every arm but equal-time")
     batch: int = cli.option(4, "windows per step")
     crop: int = cli.option(64, "side of a window in pixels")
     lr: float = cli.option(3e-3, "highest learning rate")
     labelled: int = cli.option(1, "train on so many scenes (0: on all)")
     labelled_from: tuple[int, ...] = cli.option(SQUARES, "the first of these, for each seed")
     labelled_side: int = cli.option(192, "and of these only on a square of so many pixels (0: all)")
-    augment: Literal["on", "turns"] = cli.option("on", "turns: no change of scale and light")
+    augment: Literal["on", "turns"] = cli.option("turns", "turns: no change of scale and light")
     jobs: int = cli.option(1, "runs at a time")
     results: Path = cli.option(Path("results/toy"), "folder of the table")
     out: Path = cli.option(Path("runs/ablation"), "folder of the runs")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +80,13 @@ def test_each_seed_has_labels_of_its_own(small):
         assert np.bincount(label.ravel(), minlength=6)[:6].min() >= 100, k
     with pytest.raises(cli.UsageError, match="has 4 scenes for 5 seeds"):
         small(seeds=5)
+
+
+def test_the_plain_command_goes_on_with_the_table_of_the_readme():
+    """`python ablation.py` has the settings of the committed table."""
+    toy = ablation.Config()
+    committed = json.loads((Path(__file__).parents[1] / toy.results / "settings.json").read_text())
+    assert {name: committed[name] for name in toy.settings()} == toy.settings()
 
 
 def test_each_arm_is_what_it_says(small):
