@@ -633,26 +633,3 @@ def ramp_up(step: int, steps: int) -> float:
     """
     t = min(step / max(steps / 5, 1), 1.0)
     return math.exp(-5 * (1 - t) ** 2)
-
-
-# --- What people pass on ------------------------------------------------------------------------
-
-
-def save_transformer(model: CTCLM, path: Path, about: dict) -> None:
-    """Write the Transformer alone, with `about` (class names, colours, score: plain types)."""
-    config = {key: getattr(model.config, key) for key in ("variant", "num_classes", "in_channels")}
-    contents = {"kind": "ctclm-transformer", "config": config, "about": about}
-    checkpoint.save(contents | {"model": model.transformer.state_dict()}, path)
-
-
-def load_transformer(path: Path) -> Transformer:
-    """The deployed student from `best.pt`, in evaluation mode; `student.about` says what it knows.
-
-    Raises checkpoint.CheckpointError when the file is missing, damaged or something else.
-    """
-    contents = checkpoint.read(path, "ctclm-transformer")
-    config = contents["config"]
-    student = Transformer(VARIANTS[config["variant"]], config["num_classes"], config["in_channels"])
-    student.load_state_dict(contents["model"])
-    student.about = contents["about"]
-    return student.eval()

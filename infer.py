@@ -35,6 +35,191 @@ from scenes import STRIDE, predict, predict_classes
 from scoring import evaluate, protocol_table, table
 
 
+# --- What people pass on ------------------------------------------------------------------------
+
+
+def save_transformer(model: CTCLM, path: Path, about: dict) -> None:
+    """Write the Transformer alone, with `about` (class names, colours, score: plain types)."""
+    config = {key: getattr(model.config, key) for key in ("variant", "num_classes", "in_channels")}
+    contents = {"kind": "ctclm-transformer", "config": config, "about": about}
+    checkpoint.save(contents | {"model": model.transformer.state_dict()}, path)
+
+
+def load_transformer(path: Path) -> Transformer:
+    """The deployed student from `best.pt`, in evaluation mode; `student.about` says what it knows.
+
+    Raises checkpoint.CheckpointError when the file is missing, damaged or something else.
+    """
+    contents = checkpoint.read(path, "ctclm-transformer")
+    config = contents["config"]
+    student = Transformer(VARIANTS[config["variant"]], config["num_classes"], config["in_channels"])
+    student.load_state_dict(contents["model"])
+    student.about = contents["about"]
+    return student.eval()
+
+
+# --- A whole scene, window by window ------------------------------------------------------------
+
+STRIDE = 32  # of the deepest stage: tiles are mirrored up to a multiple, their logits cut back
+
+
+def axis_windows(length: int, window: int, overlap: float) -> tuple[list[int], np.ndarray]:
+    """Where windows start along an axis, and the weights in each (number of windows, window).
+
+    Neighbours share at least `overlap` of a window; the last one is moved back to the edge. Weights
+    are > 0, and at every pixel those of the windows that hold it sum to 1.
+    """
+    window = min(window, length)
+    step = max(1, round(window * (1 - overlap)))
+    starts = [*range(0, length - window, step), length - window]
+    ramp = np.minimum(np.arange(1, window + 1), np.arange(window, 0, -1))
+    ramp = np.minimum(ramp, max(1, window - step))  # flat where no neighbour reaches
+    total = np.zeros(length)
+    for start in starts:
+        total[start : start + window] += ramp
+    return starts, np.stack([ramp / total[start : start + window] for start in starts])
+
+
+@torch.no_grad()
+def predict(
+    student: Callable[[Tensor], Tensor],
+    image: np.ndarray | Rows,
+    window: int = 512,
+    overlap: float = 0.25,
+    device: str | torch.device = "cpu",
+    tta: bool = False,
+    progress: Callable[[float], None] | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (first row, class probabilities (K, rows, W) float32) from top to bottom.
+
+    image (H, W, C) uint8 of any size, an array or the rows of a file; student: images (B, C, H, W)
+    0..255 -> logits (B, K, ...) at any resolution; window in pixels, overlap as a share of it; tta:
+    the mean over the eight orientations of each window; progress(share) after each row of windows.
+    """
+    H, W = image.shape[:2]
+    rows, row_weights = axis_windows(H, window, overlap)
+    columns, column_weights = axis_windows(W, window, overlap)
+    height, width = min(window, H), min(window, W)
+    pending = None  # (K, ., W): blended rows from `top` on that later windows still add to
+    for index, top in enumerate(rows):
+        strip = image[top : top + height]  # (height, W, C)
+        band = None
+        for column, left in enumerate(columns):
+            p = probabilities(student, strip[:, left : left + width], device, tta)
+            if band is None:
+                band = np.zeros((len(p), height, W), np.float32)
+            p *= np.outer(row_weights[index], column_weights[column]).astype(np.float32)
+            band[:, :, left : left + width] += p
+            if progress:
+                progress((index + (column + 1) / len(columns)) / len(rows))
+        if pending is not None:
+            shared = pending.shape[1]
+            band[:, :shared] += pending
+        following = rows[index + 1] if index + 1 < len(rows) else H
+        pending = band[:, following - top :].copy()  # so that the band itself can go
+        yield top, band[:, : following - top]
+
+
+def probabilities(student, tile: np.ndarray, device, tta: bool = False) -> np.ndarray:
+    """softmax(logits) of one tile (H, W, C) at its own size, (K, H, W) float32.
+
+    With `tta` the mean over flips and quarter turns: seen from above, no orientation is special.
+    """
+    if tta:
+        total = 0
+        for quarter in range(4):
+            turned = np.rot90(tile, quarter)
+            p = probabilities(student, turned, device)
+            p = p + probabilities(student, turned[:, ::-1], device)[:, :, ::-1]
+            total = total + np.rot90(p, -quarter, axes=(1, 2))
+        return total / np.float32(8)
+    H, W = tile.shape[:2]
+    below, right = -H % STRIDE, -W % STRIDE
+    tile = np.pad(tile, ((0, below), (0, right), (0, 0)), "symmetric")
+    images = torch.from_numpy(tile).to(device).permute(2, 0, 1)[None].float()
+    logits = student(images).float()
+    if logits.shape[-2:] != images.shape[-2:]:
+        logits = F.interpolate(logits, images.shape[-2:], mode="bilinear")
+    return logits.softmax(dim=1)[0, :, :H, :W].cpu().numpy()
+
+
+def predict_classes(student, image: np.ndarray | Rows, **options):
+    """Class map (H, W) uint8 and the probability of each pixel's class, (H, W) float32."""
+    H, W = image.shape[:2]
+    classes, confidence = np.empty((H, W), np.uint8), np.empty((H, W), np.float32)
+    for top, p in predict(student, image, **options):
+        bottom = top + p.shape[1]
+        classes[top:bottom] = p.argmax(axis=0)
+        confidence[top:bottom] = p.max(axis=0)
+    return classes, confidence
+
+
+# --- Scores
+
+def evaluate(
+    student,
+    dataset: Dataset,
+    progress=None,
+    protocols: bool = False,
+    patch: int = GEOSEG_PATCH,
+    crop: int = MMSEG_CROP,
+    **options,
+) -> dict:
+    """Scores of `student` on whole scenes: miou, mf1, oa, kappa, iou, f1, boundary_f1, ...
+
+    Against full labels, and against eroded ones where there are no others; `domains` has them per
+    domain where scenes have one. With `protocols` also `conventions`, a dict for each published way
+    of counting. `options` are those of `scenes.predict`; progress(share) is called as it goes.
+    """
+    tally = Tally(dataset.classes, crop)
+    for index, scene in enumerate(dataset.scenes):
+
+        def share(done, index=index):
+            if progress:
+                progress((index + done) / len(dataset.scenes))
+
+        prediction, _ = predict_classes(student, scene.image, progress=share, **options)
+        tally.add(scene, prediction)
+        if protocols and scene.eroded is not None:
+            padding = padding_counts(student, scene.image, len(tally.padding), patch, **options)
+            tally.add_protocols(scene, prediction, padding)
+    return tally.result() | ({"conventions": tally.conventions()} if protocols else {})
+
+
+def padding_counts(
+    student, image: np.ndarray, K: int, patch: int, window: int = 512, **options
+) -> Tensor:
+    """(K,) classes that are predicted in the black padding that GeoSeg adds to a scene.
+
+    It places the scene at the lower right of the next multiple of `patch` (1024) pixels, so the
+    padding lies above and to the left (tools/potsdam_patch_split.py: PadIfNeeded, bottom_right).
+    The padding of the label gets the value 6, a colour of no class, which the script's decoder
+    takes for impervious, class 0; albumentations 2 no longer knows that argument and fills with
+    black, which is ignored. (Other versions of the script: NOTES.md.)
+    """
+    H, W, C = image.shape
+    above, left = -H % patch, -W % patch
+    counts = np.zeros(K, np.int64)
+    # A strip of at least a window each, so that padding is seen beside what it lies beside.
+    bottom, right = max(above, window), max(left, window)
+    for height, width, part in (
+        (min(bottom, above + H) if above else 0, left + W, np.s_[:above]),
+        (above + H, min(right, left + W) if left else 0, np.s_[above:, :left]),
+    ):
+        if not height * width:
+            continue
+        strip = np.zeros((height, width, C), np.uint8)
+        strip[above:, left:] = image[: height - above, : width - left]
+        classes, _ = predict_classes(student, strip, window=window, **options)
+        counts += np.bincount(classes[part].ravel(), minlength=K)
+    return torch.from_numpy(counts)
+
+
+
+
+# --- The program
+
+
 @dataclass
 class Config:
     checkpoint: Path = cli.option(None, "best.pt of a run", positional=True)

@@ -13,11 +13,10 @@ from PIL import Image
 # Without a GPU Triton's kernels run in its interpreter, which is chosen when they are defined.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-import cli  # noqa: E402
 import kernels  # noqa: E402
-import toy  # noqa: E402
-from labels import encode_colours  # noqa: E402
-from layouts import ISPRS, POTSDAM, SPLITS  # noqa: E402
+from support import cli, toy  # noqa: E402
+from support.labels import encode_colours  # noqa: E402
+from support.layouts import ISPRS, POTSDAM, SPLITS  # noqa: E402
 
 # torch.empty is filled with NaN, so an output that nobody wrote shows.
 torch.use_deterministic_algorithms(True)

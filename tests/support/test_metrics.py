@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import (
+from support.metrics import (
     boundary_counts,
     boundary_f1,
     confusion_matrix,

@@ -1,4 +1,4 @@
-"""maps.py: what is written can be read back, at the same place, and is whole or not there."""
+"""geotiff.py: what is written can be read back, at the same place, and is whole or not there."""
 
 import importlib.util
 import json
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import maps
-from layouts import POTSDAM
-from maps import create, georeference
-from raster import DataError, header, read_image, read_indices, read_tags
+from support import geotiff
+from support.geotiff import create, georeference
+from support.layouts import POTSDAM
+from support.raster import DataError, header, read_image, read_indices, read_tags
 
 
 def noise(*shape):
@@ -60,7 +60,7 @@ def test_memory_is_a_strip_however_high_the_map(tmp_path):
     with create(tmp_path / "m.tif", (4000, 1000)) as file:
         for _ in range(40):
             file.append(noise(100, 1000))
-            assert len(file.waiting) < file.strip == maps.STRIP // 1000
+            assert len(file.waiting) < file.strip == geotiff.STRIP // 1000
     assert len(read_tags(tmp_path / "m.tif")[273][1]) == -(-4000 // 262)
 
 
@@ -100,7 +100,7 @@ def test_a_map_beyond_four_gigabytes_is_refused_at_once(tmp_path):
 
 
 def place_of(path):
-    return {tag: entry for tag, entry in read_tags(path).items() if tag in maps.GEO_TAGS}
+    return {tag: entry for tag, entry in read_tags(path).items() if tag in geotiff.GEO_TAGS}
 
 
 @pytest.mark.parametrize("order, big", [("<", False), (">", False), ("<", True)])

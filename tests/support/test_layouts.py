@@ -5,7 +5,7 @@ Nothing is decoded here, so the files are empty.
 
 import pytest
 
-from layouts import (
+from support.layouts import (
     BANDS,
     LOVEDA_IMAGES,
     POTSDAM_TILES,
@@ -14,7 +14,7 @@ from layouts import (
     distinct_colours,
     find,
 )
-from raster import DataError
+from support.raster import DataError
 
 
 def touch(root, *names):

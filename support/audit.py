@@ -27,10 +27,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-import cli
-from labels import BLURRED, MAX_UNKNOWN, ROWS, UNKNOWN, LabelReader, farther
-from layouts import BANDS, IGNORE, Found, Tile, find
-from raster import DataError, header, open_rows
+from support import cli
+from support.labels import BLURRED, MAX_UNKNOWN, ROWS, UNKNOWN, LabelReader, farther
+from support.layouts import BANDS, IGNORE, Found, Tile, find
+from support.raster import DataError, header, open_rows
 
 # Class shares of Potsdam's 38 tiles, in the order of its classes.
 PUBLISHED = np.array([0.296, 0.257, 0.226, 0.155, 0.018, 0.048])

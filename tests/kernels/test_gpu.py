@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ctclm import CTCLM, ModelConfig
+from experiments.bench import labels_for, logits, losses, outputs_and_gradients, qkv
 from kernels import attention, collaborative_loss, force
 from kernels.attention import attention_reference
-from kernels.bench import labels_for, logits, losses, outputs_and_gradients, qkv
 from kernels.distill import DIRECTIONS, collaborative_loss_reference
 
 pytestmark = [

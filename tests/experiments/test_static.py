@@ -1,4 +1,4 @@
-"""kernels/static.py: every kernel compiles well for three generations of GPUs, without one."""
+"""experiments/static.py: every kernel compiles well for three generations of GPUs, without one."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from kernels import static
+from experiments import static
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def compiled(tmp_path_factory):
     pytest.importorskip("triton", reason="Triton is not installed")
     path = tmp_path_factory.mktemp("static") / "builds.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernels.static", "--json", str(path)]
+    command = [sys.executable, "-m", "experiments.static", "--json", str(path)]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     return [static.Compiled(**row) for row in json.loads(path.read_text())["builds"]]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import toy
-from labels import (
+from support import toy
+from support.labels import (
     CELL,
     FAR,
     MAX_UNKNOWN,
@@ -19,8 +19,8 @@ from labels import (
     encode_colours,
     farther,
 )
-from layouts import IGNORE, POTSDAM, Classes, Coding
-from raster import DataError
+from support.layouts import IGNORE, POTSDAM, Classes, Coding
+from support.raster import DataError
 
 COLOURED = Coding(coloured=True)
 

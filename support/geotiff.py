@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from checkpoint import whole
-from raster import (
+from support.checkpoint import whole
+from support.raster import (
     BANDS,
     BITS,
     COMPRESSION,

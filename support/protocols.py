@@ -89,65 +89,6 @@ class Tally:
         ]
 
 
-def evaluate(
-    student,
-    dataset: Dataset,
-    progress=None,
-    protocols: bool = False,
-    patch: int = GEOSEG_PATCH,
-    crop: int = MMSEG_CROP,
-    **options,
-) -> dict:
-    """Scores of `student` on whole scenes: miou, mf1, oa, kappa, iou, f1, boundary_f1, ...
-
-    Against full labels, and against eroded ones where there are no others; `domains` has them per
-    domain where scenes have one. With `protocols` also `conventions`, a dict for each published way
-    of counting. `options` are those of `scenes.predict`; progress(share) is called as it goes.
-    """
-    tally = Tally(dataset.classes, crop)
-    for index, scene in enumerate(dataset.scenes):
-
-        def share(done, index=index):
-            if progress:
-                progress((index + done) / len(dataset.scenes))
-
-        prediction, _ = predict_classes(student, scene.image, progress=share, **options)
-        tally.add(scene, prediction)
-        if protocols and scene.eroded is not None:
-            padding = padding_counts(student, scene.image, len(tally.padding), patch, **options)
-            tally.add_protocols(scene, prediction, padding)
-    return tally.result() | ({"conventions": tally.conventions()} if protocols else {})
-
-
-def padding_counts(
-    student, image: np.ndarray, K: int, patch: int, window: int = 512, **options
-) -> Tensor:
-    """(K,) classes that are predicted in the black padding that GeoSeg adds to a scene.
-
-    It places the scene at the lower right of the next multiple of `patch` (1024) pixels, so the
-    padding lies above and to the left (tools/potsdam_patch_split.py: PadIfNeeded, bottom_right).
-    The padding of the label gets the value 6, a colour of no class, which the script's decoder
-    takes for impervious, class 0; albumentations 2 no longer knows that argument and fills with
-    black, which is ignored. (Other versions of the script: NOTES.md.)
-    """
-    H, W, C = image.shape
-    above, left = -H % patch, -W % patch
-    counts = np.zeros(K, np.int64)
-    # A strip of at least a window each, so that padding is seen beside what it lies beside.
-    bottom, right = max(above, window), max(left, window)
-    for height, width, part in (
-        (min(bottom, above + H) if above else 0, left + W, np.s_[:above]),
-        (above + H, min(right, left + W) if left else 0, np.s_[above:, :left]),
-    ):
-        if not height * width:
-            continue
-        strip = np.zeros((height, width, C), np.uint8)
-        strip[above:, left:] = image[: height - above, : width - left]
-        classes, _ = predict_classes(student, strip, window=window, **options)
-        counts += np.bincount(classes[part].ravel(), minlength=K)
-    return torch.from_numpy(counts)
-
-
 # --- As text ------------------------------------------------------------------------------------
 
 

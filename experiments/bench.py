@@ -1,7 +1,7 @@
 """How fast the two operations are, next to what users could pick instead.
 
-    python -m kernels.bench                  # tables; a GPU if there is one, else the CPU
-    python -m kernels.bench --json FILE      # the same as data
+    python -m experiments.bench                  # tables; a GPU if there is one, else the CPU
+    python -m experiments.bench --json FILE      # the same as data
 
 First a gate: the kernels must be right on this machine, or nothing is timed. Then medians of
 repeated runs: attention at the four stages of a crop of 512 pixels, batch 16; the collaborative
@@ -31,12 +31,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import cli
 from ctclm import CTCLM, ModelConfig
 from kernels import attention, collaborative_loss, force
 from kernels.attention import attention_reference
 from kernels.choose import triton
 from kernels.distill import collaborative_loss_reference
+from support import cli
 
 STAGES = {1: (16384, 1), 2: (4096, 2), 3: (1024, 5), 4: (256, 8)}  # N queries, h heads; M = 256
 CPU_REPEATS = 20
@@ -273,7 +273,7 @@ def bench_loss(device: torch.device, rate: Rates | None) -> list[Row]:
 CPU_MEMORY = """
 import sys, torch
 from pathlib import Path
-from kernels import bench
+from experiments import bench
 B, K, side, name = *map(int, sys.argv[1:4]), sys.argv[4]
 def resident(what):
     status = Path("/proc/self/status").read_text()

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-import pictures
-from layouts import IGNORE, POTSDAM, Classes
+from support import pictures
+from support.layouts import IGNORE, POTSDAM, Classes
 
 
 def test_overlay_blends_the_classes_colours():

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import IGNORE, Classes, encode_colours
+from support.labels import encode_colours
+from support.layouts import IGNORE, Classes
 
 INK, GREY, PAPER = (30, 30, 30), (200, 200, 200), (255, 255, 255)
 CNN_COLOUR, TRANSFORMER_COLOUR = (214, 96, 20), (20, 108, 190)  # orange, blue: in every picture

@@ -19,7 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from raster import DataError
+from support.raster import DataError
 
 IGNORE = 255
 

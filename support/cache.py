@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from raster import DataError
+from support.raster import DataError
 
 VERSION = 1  # of what is decoded: a change makes older files unknown
 ABANDONED = 600  # seconds since the last byte was written to a temporary file

@@ -1,4 +1,4 @@
-"""kernels/bench.py: a gate that closes, floors worked out by hand, and a table one can read."""
+"""experiments/bench.py: a gate that closes, floors worked out by hand, and a table one can read."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from kernels import bench
+from experiments import bench
 
 CPU = torch.device("cpu")
 

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from layouts import IGNORE, Classes, Coding
-from raster import DataError, open_rows, read_indices
+from support.layouts import IGNORE, Classes, Coding
+from support.raster import DataError, open_rows, read_indices
 
 FAR, MAX_UNKNOWN = 112, 0.001
 BLURRED, MAX_BLURRED = 32, 0.2

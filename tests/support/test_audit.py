@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import audit
 import data
-import toy
-from data import POTSDAM, DataError
-from labels import decode_colours, encode_colours
-from layouts import POTSDAM_TILES
+from support import audit, toy
+from support.labels import decode_colours, encode_colours
+from support.layouts import POTSDAM, POTSDAM_TILES
+from support.raster import DataError
 
 RGB, LABEL = "RGB/top_potsdam_2_10_RGB.tif", "5_Labels_all/top_potsdam_2_10_label.tif"
 

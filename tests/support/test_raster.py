@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import raster
-from raster import DataError, header, open_rows, read_image, read_indices
+from support import raster
+from support.raster import DataError, header, open_rows, read_image, read_indices
 
 
 def noise(*shape, seed=0):

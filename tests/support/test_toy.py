@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from toy import BUILDING, CAR, LOW, TREE, Canvas, cast_shadow, photograph, scene
+from support.toy import BUILDING, CAR, LOW, TREE, Canvas, cast_shadow, photograph, scene
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """What the compiler makes of every kernel that is shipped, on a machine without a GPU.
 
-    python -m kernels.static                 # a table: registers, spills, shared memory, ...
-    python -m kernels.static --json FILE     # the same as data
+    python -m experiments.static                 # a table: registers, spills, shared memory, ...
+    python -m experiments.static --json FILE     # the same as data
 
 Triton compiles for a GPU that is not there, and NVIDIA's cuobjdump, which comes with it, reads the
 result. So three things that make a kernel slow without making it wrong can be seen, and tested,

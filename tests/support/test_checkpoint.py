@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import CheckpointError
+from support import checkpoint
+from support.checkpoint import CheckpointError
 
 
 def contents(value=1.0):

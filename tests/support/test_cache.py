@@ -9,9 +9,9 @@ import time
 import numpy as np
 import pytest
 
-import cache
-from cache import Cache, Map
-from raster import DataError
+from support import cache
+from support.cache import Cache, Map
+from support.raster import DataError
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from typing import Literal
 
 import pytest
 
-import cli
-from cli import option, parse
+from support import cli
+from support.cli import option, parse
 
 
 @dataclass
