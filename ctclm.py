@@ -11,9 +11,9 @@ choice, and each choice is marked "we chose" where it is made. From small to lar
     Head, Projector                    features -> logits, features -> shared space
     CTCLM                              both branches, and the objective that couples them
 
-    model  = CTCLM(ModelConfig(variant="b0", num_classes=6))
-    output = model(images)                          # images (B, C, H, W) float, 0..255
-    losses = model.objective(output, labels)        # labels (B, H, W) integer; losses.total
+    model   = CTCLM(ModelConfig(variant="b0", num_classes=6))
+    output  = model(images)                         # images (B, C, H, W) float, 0..255
+    losses  = model.objective(output, labels)       # labels (B, H, W) integer; losses.total
     student = model.transformer                     # images -> logits (B, K, H/4, W/4)
 
 Letters: B batch, C channels, H W pixels, N query tokens, M key tokens, h heads, D head dimension,
@@ -22,16 +22,13 @@ K classes; stages s = 1..4 at strides 4, 8, 16, 32.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoint
-from kernels import attention, collaborative_loss
-from kernels.distill import cross_entropy, upsample
+from kernels import TRANSFERS, attention, collaborative_loss
 
 SMALLEST_IMAGE = 32  # stage 4 has stride 32, and stage 1 reduces keys by 8 at stride 4
 
@@ -68,16 +65,16 @@ class Normalise(nn.Module):
         mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
         mean += [sum(mean) / 3] * (in_channels - 3)
         std += [sum(std) / 3] * (in_channels - 3)
-        shape = (1, in_channels, 1, 1)
+        self.in_channels, shape = in_channels, (1, in_channels, 1, 1)
         for name, values in (("mean", mean), ("std", std)):
             tensor = torch.tensor(values[:in_channels]).view(shape)
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         B, C, H, W = images.shape
-        if C != self.mean.shape[1] or min(H, W) < SMALLEST_IMAGE:
+        if C != self.in_channels or min(H, W) < SMALLEST_IMAGE:
             raise ValueError(
-                f"images must be (B, {self.mean.shape[1]}, H, W) with H and W at least "
+                f"images must be (B, {self.in_channels}, H, W) with H and W at least "
                 f"{SMALLEST_IMAGE}; got {tuple(images.shape)}"
             )
         images = images.contiguous(memory_format=torch.channels_last)  # 1.7x on a CPU
@@ -156,7 +153,7 @@ class ConvFFN(nn.Sequential):
 
 
 class CNN(nn.Module):
-    """The convolutional student: images (B, C, H, W) in 0..255 -> logits (B, K, H/4, W/4)."""
+    """The CNN branch: images (B, C, H, W) in 0..255 -> logits (B, K, H/4, W/4)."""
 
     def __init__(self, variant: Variant, num_classes: int, in_channels: int, encoder: str):
         super().__init__()
@@ -279,7 +276,7 @@ class TransformerStage(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The deployed student: images (B, C, H, W) in 0..255 -> logits (B, K, H/4, W/4)."""
+    """The branch that is deployed: images (B, C, H, W), 0..255 -> logits (B, K, H/4, W/4)."""
 
     def __init__(self, variant: Variant, num_classes: int, in_channels: int):
         super().__init__()
@@ -372,24 +369,19 @@ def initialise(module: nn.Module) -> None:
 
 @dataclass
 class ModelConfig:
-    variant: Literal["tiny", "b0", "b1", "b2"] = "b0"  # size of both students
+    variant: Literal["tiny", "b0", "b1", "b2"] = "b0"  # size of both branches
     num_classes: int = 6
     in_channels: int = 3
-    students: Literal["both", "transformer", "cnn"] = "both"  # one alone: a control
-    encoder: Literal["multiscale", "plain", "transformer"] = (
-        "multiscale"  # of the CNN; controls: plain, a single 3x3; a second Transformer in its place
-    )
-    distill: Literal["none", "cnn_to_transformer", "transformer_to_cnn", "mutual", "selective"] = (
-        "selective"  # who teaches whom; selective: at each pixel, the one that is right
-    )
-    align: bool = True  # the shared representation space; of one student: its decorrelation
+    encoder: Literal["multiscale", "plain"] = "multiscale"  # of the CNN; plain: a single 3x3
+    transfer: Literal[*TRANSFERS] = "selective"  # who teaches whom; selective: by the gate
+    align: bool = True  # the shared representation space
     shared_dim: int = 64  # its dimension
     temperature: float = 1.0  # softens both distributions in the transfer
     kappa: float = 0.5  # width of the gate, in nats of cross entropy
-    alpha: float = 0.5  # weight of the alignment at stages 1 and 2
-    beta: float = 0.5  # weight of the regional alignment at stages 3 and 4
-    gamma: float = 1.0  # weight of the transfer
-    delta: float = 1.0  # weight of the decorrelation that keeps the shared space from collapsing
+    align_weight: float = 0.5  # of the alignment at stages 1 and 2
+    region_weight: float = 0.5  # of the regional alignment at stages 3 and 4
+    transfer_weight: float = 1.0
+    decorrelation_weight: float = 1.0  # of the penalty that keeps the shared space from collapsing
     ignore_index: int = 255  # label of pixels that do not count
 
     def __post_init__(self):
@@ -400,8 +392,6 @@ class ModelConfig:
 
 
 class Output(NamedTuple):
-    """Of a student that is not there: None."""
-
     cnn_logits: Tensor  # (B, K, H/4, W/4)
     transformer_logits: Tensor  # (B, K, H/4, W/4)
     cnn_features: list[Tensor]  # four stages, (B, C_s, H_s, W_s)
@@ -423,10 +413,10 @@ class Losses(NamedTuple):
 
 
 class CTCLM(nn.Module):
-    """Both students, the shared space, and the objective.
+    """Both branches, the shared space, and the objective that couples them.
 
     The Transformer is built first, so that a seed gives it the same initial weights whatever the
-    other branch is.
+    CNN is.
     """
 
     def __init__(self, config: ModelConfig):
@@ -434,74 +424,57 @@ class CTCLM(nn.Module):
         self.config = config
         variant = VARIANTS[config.variant]
         size = (variant, config.num_classes, config.in_channels)
-        self.transformer = self.cnn = None
-        if config.students != "cnn":
-            self.transformer = Transformer(*size)
-        if config.students != "transformer":
-            second = config.encoder == "transformer"
-            self.cnn = Transformer(*size) if second else CNN(*size, config.encoder)
+        self.transformer = Transformer(*size)
+        self.cnn = CNN(*size, config.encoder)
         self.transformer_projectors, self.cnn_projectors = (
-            nn.ModuleList(
-                Projector(C, config.shared_dim)
-                for C in variant.channels
-                if config.align and student is not None
-            )
-            for student in (self.transformer, self.cnn)
+            nn.ModuleList(Projector(C, config.shared_dim) for C in variant.channels if config.align)
+            for _ in range(2)
         )
 
     def forward(self, images: Tensor) -> Output:
         """images (B, C, H, W) float, 0..255 -> Output."""
-        cnn = self.cnn.encode(images) if self.cnn else None
-        transformer = self.transformer.encode(images) if self.transformer else None
-        return Output(
-            self.cnn.head(cnn) if self.cnn else None,
-            self.transformer.head(transformer) if self.transformer else None,
-            cnn,
-            transformer,
-        )
+        cnn, transformer = self.cnn.encode(images), self.transformer.encode(images)
+        return Output(self.cnn.head(cnn), self.transformer.head(transformer), cnn, transformer)
 
     def shared_space(self, output: Output) -> list[tuple[Tensor, Tensor]]:
         """(CNN, Transformer) projections of each stage, (B, shared_dim, H_s, W_s), before L2.
 
-        Of a student that is not there: None. Empty without alignment.
+        Empty without alignment.
         """
         if not self.config.align:
             return []
-
-        def project(projectors: nn.ModuleList, features: list[Tensor] | None):
-            if features is None:
-                return [None] * 4
-            return (p(x) for p, x in zip(projectors, features, strict=True))
-
-        cnn = project(self.cnn_projectors, output.cnn_features)
-        transformer = project(self.transformer_projectors, output.transformer_features)
+        cnn = [p(x) for p, x in zip(self.cnn_projectors, output.cnn_features, strict=True)]
+        transformer = [
+            p(x)
+            for p, x in zip(self.transformer_projectors, output.transformer_features, strict=True)
+        ]
         return list(zip(cnn, transformer, strict=True))
 
     def objective(self, output: Output, labels: Tensor, ramp: float = 1.0) -> Losses:
-        """L = CE_t + CE_c + ramp (alpha align + beta region + gamma transfer) + delta decorrelation
+        """L = CE_t + CE_c + ramp (align + region + transfer) + decorrelation, each with its weight.
 
         labels (B, H, W) integer, 0..K-1 or ignore_index. `ramp` in [0, 1] holds the collaboration
-        back while neither student knows anything yet (see `ramp_up`). The students' cross entropies
-        are not ramped, nor is the decorrelation: it must be there before the alignment is.
+        back while neither branch knows anything yet (see `ramp_up`). The cross entropies are not
+        ramped. Nor is the decorrelation: it must be there before the alignment is.
         """
         c = self.config
-        if c.students != "both":
-            return self.alone(output, labels)
         loss = collaborative_loss(
             output.cnn_logits,
             output.transformer_logits,
             labels,
-            direction=c.distill,
+            transfer=c.transfer,
             temperature=c.temperature,
             kappa=c.kappa,
             ignore_index=c.ignore_index,
         )
         align, region, decorrelation = self.alignment(output, labels)
         transfer = loss.cnn_to_transformer + loss.transformer_to_cnn
-        together = c.alpha * align + c.beta * region + c.gamma * transfer
+        collaboration = (
+            c.align_weight * align + c.region_weight * region + c.transfer_weight * transfer
+        )
         supervised = loss.transformer_ce + loss.cnn_ce
         return Losses(
-            total=supervised + ramp * together + c.delta * decorrelation,
+            total=supervised + ramp * collaboration + c.decorrelation_weight * decorrelation,
             transformer_ce=loss.transformer_ce,
             cnn_ce=loss.cnn_ce,
             cnn_to_transformer=loss.cnn_to_transformer,
@@ -512,31 +485,12 @@ class CTCLM(nn.Module):
             gate=loss.gate,
         )
 
-    def alone(self, output: Output, labels: Tensor) -> Losses:
-        """Cross entropy and decorrelation of the one student there is; the other terms are 0."""
-        name = self.config.students
-        valid = labels != self.config.ignore_index
-        target = labels.long().masked_fill(~valid, 0)
-        logits = upsample(getattr(output, f"{name}_logits"), labels)
-        values = torch.where(valid, cross_entropy(logits, target), 0)
-        ce = values.sum() / valid.sum().clamp(min=1)
-        none = decorrelation = values.new_zeros(())
-        projections = self.shared_space(output)
-        with torch.autocast(labels.device.type, enabled=False):
-            for pair in projections:
-                (h,) = (h for h in pair if h is not None)
-                counts = labelled_positions(valid[:, None].float(), h)
-                decorrelation = decorrelation + covariance_penalty(h, counts) / 8  # as in company
-        total = ce + self.config.delta * decorrelation
-        losses = Losses(total, *[none] * 8)
-        return losses._replace(**{f"{name}_ce": ce}, decorrelation=decorrelation)
-
     def alignment(self, output: Output, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The shared space's three terms, in float32: align, region, decorrelation.
 
-        Early stages carry local detail, which each branch has something of: align both ways, as
-        1/2 [d(h_t, sg h_c) + d(h_c, sg h_t)] with d = 1 - cosine. Late stages carry meaning: in
-        each region (a position of the grid) only the branch with the higher mean cross entropy
+        Early stages carry local detail, and each branch has some of it. So both branches move:
+        1/2 [d(h_t, sg h_c) + d(h_c, sg h_t)] with d = 1 - cosine. Late stages carry meaning. There,
+        in each region (a position of the grid), only the branch with the higher mean cross entropy
         moves. Positions without a valid pixel do not count.
         """
         align = region = decorrelation = torch.zeros((), device=labels.device)
@@ -547,15 +501,16 @@ class CTCLM(nn.Module):
         with torch.autocast(labels.device.type, enabled=False):
             for s, (h_c, h_t) in enumerate(projections):
                 counts = labelled_positions(valid, h_c)
-                to_cnn, to_transformer = directed_distances(h_c.float(), h_t.float())
+                transformer_moves, cnn_moves = directed_distances(h_c.float(), h_t.float())
                 if s < 2:
-                    align = align + mean(0.5 * (to_cnn + to_transformer), counts) / 2
+                    both_move = 0.5 * (transformer_moves + cnn_moves)
+                    align = align + masked_mean(both_move, counts) / 2  # of two stages
                 else:
-                    cnn_leads = (F.adaptive_avg_pool2d(gap, h_c.shape[-2:]) > 0).float()
-                    pulled = cnn_leads * to_cnn + (1 - cnn_leads) * to_transformer
-                    region = region + mean(pulled, counts) / 2
+                    cnn_is_better = (F.adaptive_avg_pool2d(gap, h_c.shape[-2:]) > 0).float()
+                    one_moves = cnn_is_better * transformer_moves + (1 - cnn_is_better) * cnn_moves
+                    region = region + masked_mean(one_moves, counts) / 2
                 penalty = covariance_penalty(h_c, counts) + covariance_penalty(h_t, counts)
-                decorrelation = decorrelation + penalty / 8  # 2 branches x 4 stages
+                decorrelation = decorrelation + penalty / 8  # mean of 2 branches x 4 stages
         return align, region, decorrelation
 
     @torch.no_grad()
@@ -565,14 +520,23 @@ class CTCLM(nn.Module):
         We compare the branches at stride 4, where their logits are, with the label of the pixel in
         the middle: a region of stage 3 or 4 still averages 16 or 64 of these.
         """
-        size = output.cnn_logits.shape[-2:]
-        valid = F.adaptive_avg_pool2d((labels != self.config.ignore_index)[:, None].float(), size)
+        ignored, size = self.config.ignore_index, output.cnn_logits.shape[-2:]
+        valid = F.adaptive_avg_pool2d((labels != ignored)[:, None].float(), size)
         middle = F.interpolate(labels[:, None].float(), size, mode="nearest-exact").long()[:, 0]
-        known = middle != self.config.ignore_index
-        target = middle.masked_fill(~known, 0)
-        l_t = cross_entropy(output.transformer_logits.float(), target)
-        l_c = cross_entropy(output.cnn_logits.float(), target)
-        return valid, torch.where(known, l_t - l_c, 0)[:, None]
+        l_t, l_c = (
+            F.cross_entropy(z.float(), middle, ignore_index=ignored, reduction="none")  # or 0
+            for z in (output.transformer_logits, output.cnn_logits)
+        )
+        return valid, (l_t - l_c)[:, None]
+
+    @property
+    def branches(self) -> dict[str, nn.Module]:
+        """The branches that learn, by name; the one that is deployed comes first."""
+        return {"transformer": self.transformer, "cnn": self.cnn}
+
+    @property
+    def projectors(self) -> nn.ModuleList:
+        return nn.ModuleList([*self.cnn_projectors, *self.transformer_projectors])
 
 
 def labelled_positions(valid: Tensor, h: Tensor) -> Tensor:
@@ -581,12 +545,16 @@ def labelled_positions(valid: Tensor, h: Tensor) -> Tensor:
 
 
 def directed_distances(h_c: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - cosine per position, (B, 1, H, W): (pulling h_t to the CNN, pulling h_c to the other)."""
+    """1 - cosine at each position, twice, (B, 1, H, W): the Transformer moves; the CNN moves.
+
+    h_c, h_t (B, D, H, W). The values are the same. The gradient of the first reaches h_t alone, for
+    h_c is the teacher and detached; that of the second reaches h_c alone.
+    """
 
     def distance(student: Tensor, teacher: Tensor) -> Tensor:
         return 1 - F.cosine_similarity(student, teacher.detach(), dim=1)[:, None]
 
-    return distance(h_t, h_c), distance(h_c, h_t)
+    return distance(student=h_t, teacher=h_c), distance(student=h_c, teacher=h_t)
 
 
 def covariance_penalty(h: Tensor, counts: Tensor) -> Tensor:
@@ -610,19 +578,7 @@ def masked_covariance(h: Tensor, counts: Tensor) -> Tensor:
     return centred.T @ centred / n
 
 
-@torch.no_grad()
-def effective_rank(h: Tensor) -> float:
-    """exp(entropy of the covariance's spectrum) of projections (B, D, H, W): 1 collapsed, D full.
-
-    Roy and Vetterli, "The effective rank", 2007.
-    """
-    covariance = masked_covariance(h.float(), torch.ones_like(h[:, :1]))
-    spectrum = torch.linalg.eigvalsh(covariance).clamp(min=0)
-    p = spectrum / spectrum.sum().clamp(min=1e-12)
-    return torch.special.entr(p).sum().exp().item()
-
-
-def mean(values: Tensor, counts: Tensor) -> Tensor:
+def masked_mean(values: Tensor, counts: Tensor) -> Tensor:
     return (values * counts).sum() / counts.sum().clamp(min=1)
 
 

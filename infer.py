@@ -5,60 +5,100 @@
     python infer.py runs/p/best.pt --data potsdam --root DIR --split test --protocol all
     python infer.py runs/l/best.pt --data loveda --root DIR --submission loveda.zip
 
-A scene streams through: its rows are read, seen, written and forgotten, so that memory depends on
-its width and not on its height. The map of a TIFF is a TIFF at the same place on the ground.
+From Python:
 
-Letters: H W pixels, K classes.
+    student = load_transformer("runs/demo/best.pt")             # images -> logits (B, K, H/4, W/4)
+    for top, p in predict(student, open_rows("scene.tif")):     # p (K, rows, W), from top to bottom
+        ...
+
+An image of any size is cut into overlapping windows. Each axis has weights that rise and fall
+linearly across an overlap and add up to exactly 1 at every pixel, so blending needs no second pass.
+`predict` walks down the scene, reads the rows of one row of windows at a time, and yields rows as
+soon as nothing can change them. Memory depends on the scene's width and not on its height. The
+windows decide the result; how the file is stored does not. The map of a TIFF is a TIFF at the same
+place on the ground.
+
+Letters: B batch, C channels, H W pixels, K classes.
 """
 
 import json
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
-import cli
-import pictures
-from checkpoint import CheckpointError, whole
-from ctclm import load_transformer
-from data import DATA_SETS, Classes, DataError, Dataset, load
-from maps import create, georeference
-from raster import header, open_rows
-from scenes import STRIDE, predict, predict_classes
-from scoring import evaluate, protocol_table, table
+from ctclm import CTCLM, VARIANTS, Transformer
+from data import DATA_SETS, Dataset, load
+from support import checkpoint, cli, pictures
+from support.checkpoint import CheckpointError, atomic_write
+from support.geotiff import create, georeference
+from support.layouts import Classes
+from support.machine import keep_freed_memory, pick_device
+from support.progress import Progress
+from support.protocols import (
+    GEOSEG_PATCH,
+    LOVEDA_TEST,
+    MMSEG_CROP,
+    Tally,
+    check_submission,
+    geoseg_padding,
+    protocol_table,
+    table,
+)
+from support.raster import DataError, Rows, header, open_rows
+
+# --- best.pt: what people pass on -----------------------------------------------------------------
 
 
-# --- What people pass on ------------------------------------------------------------------------
+class About(NamedTuple):
+    """What a deployed Transformer knows of its classes, and where it comes from."""
+
+    classes: Classes
+    data: str  # the data set it was trained on
+    bands: str  # of its images: "rgb", "irrg", "rgbir"
+    step: int  # of the training run
+    val_miou: float  # on the validation split, in [0, 1]
 
 
-def save_transformer(model: CTCLM, path: Path, about: dict) -> None:
-    """Write the Transformer alone, with `about` (class names, colours, score: plain types)."""
+def save_transformer(model: CTCLM, path: Path, about: About) -> None:
+    """Write the Transformer alone, and what it knows of its classes."""
     config = {key: getattr(model.config, key) for key in ("variant", "num_classes", "in_channels")}
-    contents = {"kind": "ctclm-transformer", "config": config, "about": about}
+    names, colours, _ = about.classes
+    known = {"classes": list(names), "colours": [list(colour) for colour in colours]}
+    known |= {key: getattr(about, key) for key in ("data", "bands", "step", "val_miou")}
+    contents = {"kind": "ctclm-transformer", "config": config, "about": known}
     checkpoint.save(contents | {"model": model.transformer.state_dict()}, path)
 
 
 def load_transformer(path: Path) -> Transformer:
-    """The deployed student from `best.pt`, in evaluation mode; `student.about` says what it knows.
+    """The Transformer from `best.pt`, in evaluation mode; its `about` is an About.
 
-    Raises checkpoint.CheckpointError when the file is missing, damaged or something else.
+    Raises CheckpointError when the file is missing, damaged or something else.
     """
     contents = checkpoint.read(path, "ctclm-transformer")
-    config = contents["config"]
+    config, known = contents["config"], contents["about"]
     student = Transformer(VARIANTS[config["variant"]], config["num_classes"], config["in_channels"])
     student.load_state_dict(contents["model"])
-    student.about = contents["about"]
+    colours = tuple(tuple(colour) for colour in known["colours"])
+    classes = Classes(tuple(known["classes"]), colours)
+    student.about = About(
+        classes, known["data"], known["bands"], known["step"], known["val_miou"]
+    )
     return student.eval()
 
 
-# --- A whole scene, window by window ------------------------------------------------------------
+# --- A whole scene, window by window --------------------------------------------------------------
 
 STRIDE = 32  # of the deepest stage: tiles are mirrored up to a multiple, their logits cut back
 
@@ -102,22 +142,22 @@ def predict(
     height, width = min(window, H), min(window, W)
     pending = None  # (K, ., W): blended rows from `top` on that later windows still add to
     for index, top in enumerate(rows):
-        strip = image[top : top + height]  # (height, W, C)
-        band = None
+        pixels = image[top : top + height]  # (height, W, C)
+        blended = None  # (K, height, W)
         for column, left in enumerate(columns):
-            p = probabilities(student, strip[:, left : left + width], device, tta)
-            if band is None:
-                band = np.zeros((len(p), height, W), np.float32)
+            p = probabilities(student, pixels[:, left : left + width], device, tta)
+            if blended is None:
+                blended = np.zeros((len(p), height, W), np.float32)
             p *= np.outer(row_weights[index], column_weights[column]).astype(np.float32)
-            band[:, :, left : left + width] += p
+            blended[:, :, left : left + width] += p
             if progress:
                 progress((index + (column + 1) / len(columns)) / len(rows))
         if pending is not None:
             shared = pending.shape[1]
-            band[:, :shared] += pending
+            blended[:, :shared] += pending
         following = rows[index + 1] if index + 1 < len(rows) else H
-        pending = band[:, following - top :].copy()  # so that the band itself can go
-        yield top, band[:, : following - top]
+        pending = blended[:, following - top :].copy()  # a copy, so that `blended` itself can go
+        yield top, blended[:, : following - top]
 
 
 def probabilities(student, tile: np.ndarray, device, tta: bool = False) -> np.ndarray:
@@ -154,7 +194,8 @@ def predict_classes(student, image: np.ndarray | Rows, **options):
     return classes, confidence
 
 
-# --- Scores
+# --- Scores ---------------------------------------------------------------------------------------
+
 
 def evaluate(
     student,
@@ -169,7 +210,7 @@ def evaluate(
 
     Against full labels, and against eroded ones where there are no others; `domains` has them per
     domain where scenes have one. With `protocols` also `conventions`, a dict for each published way
-    of counting. `options` are those of `scenes.predict`; progress(share) is called as it goes.
+    of counting. `options` are those of `predict`; progress(share) is called as it goes.
     """
     tally = Tally(dataset.classes, crop)
     for index, scene in enumerate(dataset.scenes):
@@ -179,45 +220,15 @@ def evaluate(
                 progress((index + done) / len(dataset.scenes))
 
         prediction, _ = predict_classes(student, scene.image, progress=share, **options)
-        tally.add(scene, prediction)
+        tally.add(prediction, scene)
         if protocols and scene.eroded is not None:
-            padding = padding_counts(student, scene.image, len(tally.padding), patch, **options)
-            tally.add_protocols(scene, prediction, padding)
+            tally.add_protocols(prediction, scene)
+            for piece, padding in geoseg_padding(scene.image, patch, options.get("window", 512)):
+                tally.add_padding(predict_classes(student, piece, **options)[0][padding])
     return tally.result() | ({"conventions": tally.conventions()} if protocols else {})
 
 
-def padding_counts(
-    student, image: np.ndarray, K: int, patch: int, window: int = 512, **options
-) -> Tensor:
-    """(K,) classes that are predicted in the black padding that GeoSeg adds to a scene.
-
-    It places the scene at the lower right of the next multiple of `patch` (1024) pixels, so the
-    padding lies above and to the left (tools/potsdam_patch_split.py: PadIfNeeded, bottom_right).
-    The padding of the label gets the value 6, a colour of no class, which the script's decoder
-    takes for impervious, class 0; albumentations 2 no longer knows that argument and fills with
-    black, which is ignored. (Other versions of the script: NOTES.md.)
-    """
-    H, W, C = image.shape
-    above, left = -H % patch, -W % patch
-    counts = np.zeros(K, np.int64)
-    # A strip of at least a window each, so that padding is seen beside what it lies beside.
-    bottom, right = max(above, window), max(left, window)
-    for height, width, part in (
-        (min(bottom, above + H) if above else 0, left + W, np.s_[:above]),
-        (above + H, min(right, left + W) if left else 0, np.s_[above:, :left]),
-    ):
-        if not height * width:
-            continue
-        strip = np.zeros((height, width, C), np.uint8)
-        strip[above:, left:] = image[: height - above, : width - left]
-        classes, _ = predict_classes(student, strip, window=window, **options)
-        counts += np.bincount(classes[part].ravel(), minlength=K)
-    return torch.from_numpy(counts)
-
-
-
-
-# --- The program
+# --- The program ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -274,7 +285,8 @@ class Config:
 
 def main(arguments: list[str]) -> None:
     config = cli.parse(Config, arguments, __doc__.partition("\n")[0])
-    device = cli.pick_device(config.device)
+    keep_freed_memory()
+    device = pick_device(config.device)
     student = load_transformer(config.checkpoint).to(device)
     options = {"window": config.window, "overlap": config.overlap, "device": device}
     if config.images:
@@ -302,8 +314,11 @@ def write_maps(student, config: Config, options: dict) -> None:
         raise cli.UsageError(f"two images are called {twice[0]}: map them to different folders")
     for path in config.images:  # all of them, before the first hour of work
         check_bands(student, config, open_rows(path).shape[2], path)
-    if (bands := student.about.get("bands", "rgb")) != "rgb":
-        print(f"{config.checkpoint} was trained on {bands}: the images' bands are taken for these")
+    if student.about.bands != "rgb":
+        print(
+            f"{config.checkpoint} was trained on {student.about.bands}: "
+            f"the images' bands are taken for these"
+        )
     make_folder(out)
     for path in config.images:
         write_map(student, path, out, config.confidence, options)
@@ -312,15 +327,14 @@ def write_maps(student, config: Config, options: dict) -> None:
 def write_map(student, path: Path, out: Path, confidence: bool, options: dict) -> None:
     """The class map of one image, an overlay, and where asked the confidence."""
     begin, rows = time.perf_counter(), open_rows(path)
-    colours = tuple(tuple(colour) for colour in student.about["colours"])
-    classes = Classes(tuple(student.about["classes"]), colours)
+    classes = student.about.classes
     (H, W), place = rows.shape[:2], georeference(path)
     suffix = ".tif" if header(path).format == "TIFF" else ".png"
     written = out / f"{path.stem}_classes{suffix}"
     overlay, counts = pictures.Overlay((H, W), classes), np.zeros(len(classes.names), np.int64)
     with ExitStack() as stack:
-        progress = stack.enter_context(cli.Progress(path.name))
-        classes_file = stack.enter_context(create(written, (H, W), colours, place))
+        progress = stack.enter_context(Progress(path.name))
+        classes_file = stack.enter_context(create(written, (H, W), classes.colours, place))
         if confidence:
             name = out / f"{path.stem}_confidence{suffix}"
             confidence_file = stack.enter_context(create(name, (H, W), place=place))
@@ -331,7 +345,7 @@ def write_map(student, path: Path, out: Path, confidence: bool, options: dict) -
                 confidence_file.append((255 * p.max(axis=0)).round().astype(np.uint8))
             overlay.add(top, rows[top : top + len(labels)], labels)
             counts += np.bincount(labels.ravel(), minlength=len(counts))
-        overlay_file = stack.enter_context(whole(out / f"{path.stem}_overlay.png"))
+        overlay_file = stack.enter_context(atomic_write(out / f"{path.stem}_overlay.png"))
         overlay.picture().save(overlay_file, "PNG")
     shares = zip(classes.names, counts / (H * W), strict=True)
     summary = ", ".join(f"{name} {share:.1%}" for name, share in shares)
@@ -340,12 +354,11 @@ def write_map(student, path: Path, out: Path, confidence: bool, options: dict) -
 
 def check_bands(student, config: Config, bands: int, what) -> None:
     """DataError when `what` has other bands than the images that the student was trained on."""
-    wanted = student.normalise.mean.shape[1]
+    wanted = student.normalise.in_channels
     if bands != wanted:
-        kind = student.about.get("bands", "")
         raise DataError(
-            f"{what}: has {bands} bands, but {config.checkpoint} was trained on {wanted}"
-            + (f" ({kind})" if kind else "")
+            f"{what}: has {bands} bands, but {config.checkpoint} was trained on {wanted} "
+            f"({student.about.bands})"
         )
 
 
@@ -354,12 +367,12 @@ def check_bands(student, config: Config, bands: int, what) -> None:
 
 def load_scenes(student, config: Config, split: str) -> Dataset:
     """The data set, if its classes and bands are those that the student knows."""
-    bands = student.about.get("bands")
-    options = {"cache": config.cache, "bands": bands, "max_unknown": config.max_unknown}
+    options = {"cache": config.cache, "max_unknown": config.max_unknown}
+    options["bands"] = student.about.bands
     dataset = load(config.data, config.root, split, config.tiles, **options)
-    if dataset.classes.names != tuple(student.about["classes"]):
+    if dataset.classes.names != student.about.classes.names:
         raise DataError(
-            f"{config.checkpoint}: was trained on {', '.join(student.about['classes'])}; "
+            f"{config.checkpoint}: was trained on {', '.join(student.about.classes.names)}; "
             f"{config.data} has {', '.join(dataset.classes.names)}"
         )
     for scene in dataset.scenes:
@@ -388,7 +401,7 @@ def score(student, config: Config, options: dict) -> None:
     results = {}
     for name in ("plain", "tta") if config.tta else ("plain",):
         settings = options | {"tta": name == "tta", "protocols": bool(config.protocol)}
-        with cli.Progress(f"{len(dataset.scenes)} scenes") as progress:
+        with Progress(f"{len(dataset.scenes)} scenes") as progress:
             result = results[name] = evaluate(student, dataset, progress, **settings)
         if config.tta:
             print("\naveraged over eight orientations" if name == "tta" else "\none orientation")
@@ -400,13 +413,8 @@ def score(student, config: Config, options: dict) -> None:
         entry |= {"window": config.window, "overlap": config.overlap}
         entry |= {"classes": list(dataset.classes.names), "scenes": len(dataset.scenes)} | results
         make_folder(config.out)
-        with whole(config.out / "metrics.json") as file:
+        with atomic_write(config.out / "metrics.json") as file:
             file.write((json.dumps(entry, indent=1) + "\n").encode())
-
-
-# --- LoveDA's submission ------------------------------------------------------------------------
-
-LOVEDA_TEST = range(4191, 5987)  # the names of its 1796 test images
 
 
 def submit(student, config: Config, options: dict) -> None:
@@ -421,7 +429,7 @@ def submit(student, config: Config, options: dict) -> None:
             + (f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else "")
         )
     make_folder(config.submission.parent)
-    with whole(config.submission) as file, cli.Progress(f"{len(sizes)} images") as progress:
+    with atomic_write(config.submission) as file, Progress(f"{len(sizes)} images") as progress:
         with ZipFile(file, "w", ZIP_DEFLATED) as archive:
             for index, scene in enumerate(dataset.scenes):
                 labels, _ = predict_classes(student, scene.image, **options)
@@ -431,23 +439,6 @@ def submit(student, config: Config, options: dict) -> None:
                 progress((index + 1) / len(dataset.scenes))
         check_submission(file, config.submission, sizes, len(dataset.classes.names))
     print(f"{config.submission}: {len(sizes)} single-band PNGs with values 0..6, read back")
-
-
-def check_submission(file, path: Path, sizes: dict[str, tuple[int, int]], K: int) -> None:
-    """DataError unless the zip holds exactly these names, each a grey PNG (H, W) of 0..K-1."""
-    with ZipFile(file) as archive:
-        names = archive.namelist()
-        if len(names) != len(sizes) or set(names) != set(sizes):
-            odd = sorted(set(names) ^ set(sizes)) or [n for n, k in Counter(names).items() if k > 1]
-            raise DataError(f"{path}: holds {len(names)} files, not {len(sizes)}: look at {odd[0]}")
-        for name in names:
-            with Image.open(BytesIO(archive.read(name)), formats=("PNG",)) as image:
-                values = np.asarray(image)
-            if image.mode != "L" or values.shape != sizes[name] or values.max() >= K:
-                raise DataError(
-                    f"{path}: {name} is {image.mode}, {values.shape}, up to {values.max()}; "
-                    f"expected one band, {sizes[name]}, up to {K - 1}"
-                )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the three programs share on the command line: options from a dataclass, and how a run ends.
+"""The command line: options from a dataclass, and how a program ends.
 
-A program declares its options once, as a dataclass; types, choices, defaults and `--help` follow
+A program declares its options once, as a dataclass. Types, choices, defaults and `--help` follow
 from the fields, and the same object is saved in `config.json` and in the checkpoint.
 
     @dataclass
@@ -11,20 +11,15 @@ from the fields, and the same object is saved in `config.json` and in the checkp
     if __name__ == "__main__": run(main, DataError)
 
 Exit codes: 0 done; 2 bad input, one sentence on stderr; 130 / 143 interrupted. Anything else that
-goes wrong is our own bug and shows its traceback.
+goes wrong is our own bug and shows its traceback. `StopSignal` lets a long program save first.
 """
 
 import argparse
-import ctypes
 import errno
-import platform
 import signal
 import sys
-import time
 from dataclasses import field, fields
 from typing import Literal, get_args, get_origin, get_type_hints
-
-import torch
 
 
 class UsageError(ValueError):
@@ -78,8 +73,7 @@ ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
 
 
 def run(main, *user_errors: type[Exception]) -> None:
-    """main(sys.argv[1:]), then exit; UsageError and `user_errors`: one sentence and exit code 2."""
-    keep_freed_memory()
+    """main(sys.argv[1:]), then exit. UsageError and `user_errors`: one sentence, exit code 2."""
     try:
         sys.exit(main(sys.argv[1:]))
     except (UsageError, *user_errors) as error:
@@ -94,56 +88,21 @@ def run(main, *user_errors: type[Exception]) -> None:
     sys.exit(2)
 
 
-def keep_freed_memory() -> None:
-    """Ask glibc to keep large freed blocks instead of returning them to the system each time.
+class StopSignal:
+    """Remembers SIGINT or SIGTERM so that the step can end; a second one acts at once."""
 
-    Every activation of a convolution is such a block; page faults on getting it back cost a CPU
-    training step about a third of its time. Does nothing on other C libraries.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
-    libc = ctypes.CDLL(None)
-    libc.mallopt(m_mmap_max, 0)
-    libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def pick_device(name: str) -> torch.device:
-    """auto, cpu or cuda -> the device; raises UsageError when there is no such device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: this machine or this PyTorch has no CUDA GPU")
-    return torch.device(name)
-
-
-class Progress:
-    """`progress(share)` reports a share in (0, 1] and the time left on stderr, now and then."""
-
-    def __init__(self, what: str):
-        self.what, self.begin = what, time.perf_counter()
-        self.live = sys.stderr.isatty()  # a terminal is updated in place, a log gets few lines
-        self.period, self.last = (0.5 if self.live else 20.0), self.begin
-
-    def __call__(self, share: float) -> None:
-        now = time.perf_counter()
-        if now - self.last < self.period:
-            return
-        self.last = now
-        left = (now - self.begin) * (1 - share) / share
-        line = f"{self.what}: {share:4.0%}, {duration(left)} left"
-        print(f"\r{line}" if self.live else line, end="" if self.live else "\n", file=sys.stderr)
+    received = 0
 
     def __enter__(self):
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.receive) for number in numbers}
         return self
 
     def __exit__(self, *_):
-        if self.live:
-            print("\r\033[K", end="", file=sys.stderr)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
-
-def duration(seconds: float) -> str:
-    """3725 -> '1:02:05', 65 -> '1:05'."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    def receive(self, number, _frame):
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+        print("\nfinishing this step, then saving (once more to quit at once)", file=sys.stderr)

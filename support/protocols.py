@@ -1,34 +1,45 @@
-"""Scores of a student on whole scenes: one prediction per scene, every convention from it.
+"""Scores of whole scenes under every published convention, and LoveDA's submission.
 
-    result = evaluate(student, dataset)                     # miou, mf1, oa, kappa, iou, ...
-    print(table(result, dataset.classes))
-    result = evaluate(student, dataset, protocols=True)     # with result["conventions"]
-    print(protocol_table(result, "all"))
+    tally = Tally(classes)
+    for scene in scenes: tally.add(prediction, scene)       # one prediction a scene
+    print(table(tally.result(), classes))                   # miou, mf1, oa, kappa, iou, ...
+    print(protocol_table(tally.result() | {"conventions": tally.conventions()}, "all"))
 
 What GeoSeg and mmsegmentation would print is worked out for our predictions: the pixels that they
-count, as often as they count them, their classes and their formulas. What is not reproduced is how
-the two predict: GeoSeg sees patches of 1024 and mmsegmentation crops of 512 pixels without their
-surroundings, we overlapping windows, so the same model in their programs predicts other pixels.
+count, as often as they count them, their classes and their formulas. How the two predict is not
+reproduced. GeoSeg sees patches of 1024 and mmsegmentation crops of 512 pixels without their
+surroundings, we overlapping windows. So the same model predicts other pixels in their programs.
 
 Letters: H W pixels, K classes.
 """
 
+from collections import Counter
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from zipfile import ZipFile
+
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-import metrics
-from data import Classes, Dataset, Scene
-from scenes import predict_classes
+from support import metrics
+from support.layouts import Classes
+from support.raster import DataError
 
 GEOSEG_PATCH = 1024  # scenes are padded to a multiple
 MMSEG_CROP = 512
 
 
 class Tally:
-    """What is counted of predictions, scene by scene, all of it integers that add up."""
+    """What is counted of predictions, scene by scene, all of it integers that add up.
 
-    def __init__(self, classes: Classes, crop: int):
+    A scene has a label (H, W), where there is one also an eroded label, and a domain, as data.Scene
+    does. `crop` is the side of mmsegmentation's crops.
+    """
+
+    def __init__(self, classes: Classes, crop: int = MMSEG_CROP):
         self.classes, self.crop = classes, crop
         K = len(classes.names)
         self.labelled, self.full, self.eroded, self.crops = (
@@ -39,7 +50,7 @@ class Tally:
         self.domains: dict[str, Tensor] = {}
         self.scenes = {"full": 0, "eroded": 0}
 
-    def add(self, scene: Scene, prediction: np.ndarray) -> None:
+    def add(self, prediction: np.ndarray, scene) -> None:
         """Against the label there is: the full one, or else the one with eroded boundaries."""
         K, label = len(self.classes.names), scene.label[:]
         matrix = metrics.confusion_matrix(prediction, label, K)
@@ -51,14 +62,19 @@ class Tally:
             self.scenes["full"] += 1
             self.boundary += metrics.boundary_counts(prediction, label, K)
 
-    def add_protocols(self, scene: Scene, prediction: np.ndarray, padding: Tensor) -> None:
-        """Against the eroded label, which the protocols take, if there is one."""
+    def add_protocols(self, prediction: np.ndarray, scene) -> None:
+        """Against the eroded label."""
         K, label = len(self.classes.names), scene.eroded[:]
         self.eroded += metrics.confusion_matrix(prediction, label, K)
         times = np.outer(*(metrics.crop_counts(length, self.crop) for length in label.shape))
         self.crops += metrics.confusion_matrix(prediction, label, K, times=times)
-        self.padding += padding
         self.scenes["eroded"] += 1
+
+    def add_padding(self, prediction: np.ndarray) -> None:
+        """Classes predicted where GeoSeg pads, any shape."""
+        self.padding += torch.bincount(
+            torch.from_numpy(prediction).flatten(), minlength=len(self.padding)
+        )
 
     def result(self) -> dict:
         """As plain types."""
@@ -87,6 +103,30 @@ class Tally:
             row._asdict() | {"scenes": self.scenes["full" if "full" in row.name else "eroded"]}
             for row in rows
         ]
+
+
+def geoseg_padding(image: np.ndarray, patch: int = GEOSEG_PATCH, window: int = 512) -> Iterator:
+    """The black padding that GeoSeg adds to a scene: yields pieces of image (h, w, C) to predict,
+    and for each the slices in which it is padding.
+
+    It places the scene at the lower right of the next multiple of `patch` (1024) pixels, so the
+    padding lies above and to the left (tools/potsdam_patch_split.py: PadIfNeeded, bottom_right).
+    The padding of the label gets the value 6, a colour of no class, which the script's decoder
+    takes for impervious, class 0. albumentations 2 no longer knows that argument and fills with
+    black, which is ignored. (Other versions of the script: experiments/NOTES.md.)
+    """
+    H, W, C = image.shape
+    above, left = -H % patch, -W % patch
+    # At least a window each, so that padding is seen beside what it lies beside.
+    bottom, right = max(above, window), max(left, window)
+    for height, width, padding in (
+        (min(bottom, above + H) if above else 0, left + W, np.s_[:above]),
+        (above + H, min(right, left + W) if left else 0, np.s_[above:, :left]),
+    ):
+        if height * width:
+            piece = np.zeros((height, width, C), np.uint8)
+            piece[above:, left:] = image[: height - above, : width - left]
+            yield piece, padding
 
 
 # --- As text ------------------------------------------------------------------------------------
@@ -126,3 +166,25 @@ def protocol_table(result: dict, protocol: str) -> str:
             scenes = f"{row['scenes']} scene{'s' if row['scenes'] > 1 else ''}"
             lines.append(f"    {row['meaning']}; {row['pixels']:,} pixels of {scenes}")
     return "\n".join(lines)
+
+
+# --- LoveDA's submission ------------------------------------------------------------------------
+
+LOVEDA_TEST = range(4191, 5987)  # the names of its 1796 test images
+
+
+def check_submission(file, path: Path, sizes: dict[str, tuple[int, int]], K: int) -> None:
+    """DataError unless the zip holds exactly these names, each a grey PNG (H, W) of 0..K-1."""
+    with ZipFile(file) as archive:
+        names = archive.namelist()
+        if len(names) != len(sizes) or set(names) != set(sizes):
+            odd = sorted(set(names) ^ set(sizes)) or [n for n, k in Counter(names).items() if k > 1]
+            raise DataError(f"{path}: holds {len(names)} files, not {len(sizes)}: look at {odd[0]}")
+        for name in names:
+            with Image.open(BytesIO(archive.read(name)), formats=("PNG",)) as image:
+                values = np.asarray(image)
+            if image.mode != "L" or values.shape != sizes[name] or values.max() >= K:
+                raise DataError(
+                    f"{path}: {name} is {image.mode}, {values.shape}, up to {values.max()}; "
+                    f"expected one band, {sizes[name]}, up to {K - 1}"
+                )

@@ -1,0 +1,206 @@
+"""The settings of the ablation: the method and its controls, each built from the method's parts.
+
+    model = SETTINGS["full"].build(ModelConfig(variant="tiny"))         # for train.Run
+    scenes = few_labels(dataset, first=2, count=1, side=192)            # for data.Windows
+
+A control is what is left when something is taken away or put in its place: one branch alone, a
+second Transformer instead of the CNN, a CNN that no longer learns, few labels. None of them is part
+of the method, so ctclm.py and train.py know nothing of them. A model of its own here has what
+train.Run asks of CTCLM: `config`, `branches`, `projectors`, `shared_space` and `objective`.
+
+Letters: B batch, H W pixels, K classes, D shared dimension; stages s = 1..4.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ctclm import (
+    CNN,
+    CTCLM,
+    VARIANTS,
+    Losses,
+    ModelConfig,
+    Projector,
+    Transformer,
+    covariance_penalty,
+    labelled_positions,
+)
+from data import Dataset, Scene
+from support import checkpoint, cli
+from support.labels import count_cells
+
+# --- One branch alone -----------------------------------------------------------------------------
+
+
+class OneOutput(NamedTuple):
+    logits: Tensor  # (B, K, H/4, W/4)
+    features: list[Tensor]  # four stages, (B, C_s, H_s, W_s)
+
+
+class OneBranch(nn.Module):
+    """A Transformer or a CNN that learns from the labels alone.
+
+    With `config.align` the covariance penalty of the shared space acts on its projections: all of
+    the alignment that needs no other branch.
+    """
+
+    def __init__(self, config: ModelConfig, name: str):
+        super().__init__()
+        self.config, self.name = config, name
+        variant = VARIANTS[config.variant]
+        size = (variant, config.num_classes, config.in_channels)
+        branch = Transformer(*size) if name == "transformer" else CNN(*size, config.encoder)
+        self.add_module(name, branch)
+        self.projectors = nn.ModuleList(
+            Projector(C, config.shared_dim) for C in variant.channels if config.align
+        )
+
+    @property
+    def branches(self) -> dict[str, nn.Module]:
+        return {self.name: getattr(self, self.name)}
+
+    def forward(self, images: Tensor) -> OneOutput:
+        branch = self.branches[self.name]
+        features = branch.encode(images)
+        return OneOutput(branch.head(features), features)
+
+    def shared_space(self, output: OneOutput) -> list[Tensor]:
+        """Its projections of each stage, (B, D, H_s, W_s)."""
+        return [p(x) for p, x in zip(self.projectors, output.features, strict=False)]
+
+    def objective(self, output: OneOutput, labels: Tensor, ramp: float = 1.0) -> Losses:
+        """Cross entropy and the covariance penalty; the terms that take two branches are 0."""
+        c, valid = self.config, labels != self.config.ignore_index
+        logits = F.interpolate(output.logits.float(), labels.shape[1:], mode="bilinear")
+        values = F.cross_entropy(
+            logits, labels.long(), ignore_index=c.ignore_index, reduction="none"
+        )
+        ce = values.sum() / valid.sum().clamp(min=1)
+        zero = decorrelation = values.new_zeros(())
+        with torch.autocast(labels.device.type, enabled=False):
+            for h in self.shared_space(output):
+                penalty = covariance_penalty(h, labelled_positions(valid[:, None].float(), h))
+                decorrelation = decorrelation + penalty / 8  # as much of the loss as in CTCLM
+        total = ce + c.decorrelation_weight * decorrelation
+        losses = Losses(total, *[zero] * 8)
+        return losses._replace(**{f"{self.name}_ce": ce}, decorrelation=decorrelation)
+
+
+# --- Another branch in the CNN's place ------------------------------------------------------------
+
+
+def two_transformers(config: ModelConfig) -> CTCLM:
+    """The method with a second Transformer, of other initial weights, where the CNN was."""
+    model = CTCLM(config)
+    model.cnn = Transformer(VARIANTS[config.variant], config.num_classes, config.in_channels)
+    return model
+
+
+class FrozenCNN(CTCLM):
+    """The one-way transfer that the abstract argues against: the CNN teaches and does not learn."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(replace(config, transfer="cnn_to_transformer", align=False))
+        self.cnn.requires_grad_(False)
+
+    @property
+    def branches(self) -> dict[str, nn.Module]:
+        return {"transformer": self.transformer}
+
+    def load_cnn(self, path: Path) -> None:
+        """The CNN of the run that wrote `path`; CheckpointError where there is none of its size."""
+        state = checkpoint.read(path, "ctclm-training")["model"]
+        weights = {key[4:]: value for key, value in state.items() if key.startswith("cnn.")}
+        try:
+            self.cnn.load_state_dict(weights)
+        except RuntimeError:
+            raise checkpoint.CheckpointError(
+                f"{path}: has no CNN of this size; train it with the same --variant"
+            ) from None
+
+
+class Ensemble(nn.Module):
+    """Images -> the logarithm of two branches' mean probabilities, (B, K, H/4, W/4)."""
+
+    def __init__(self, one: nn.Module, other: nn.Module):
+        super().__init__()
+        self.one, self.other = one, other
+
+    def forward(self, images: Tensor) -> Tensor:
+        one, other = self.one(images).log_softmax(1), self.other(images).log_softmax(1)
+        return torch.logaddexp(one, other) - math.log(2)
+
+
+# --- The list -------------------------------------------------------------------------------------
+
+
+class Setting(NamedTuple):
+    number: int
+    name: str
+    build: Callable[[ModelConfig], nn.Module] | None  # None: not trained
+
+
+def both(**changes) -> Callable[[ModelConfig], CTCLM]:
+    """The method, but for some fields of its configuration."""
+    return lambda config: CTCLM(replace(config, **changes))
+
+
+def alone(name: str, align: bool = False) -> Callable[[ModelConfig], OneBranch]:
+    return lambda config: OneBranch(replace(config, align=align), name)
+
+
+HALF = {"transfer": "mutual", "transfer_weight": 0.5}  # selective's weights add up to 1 at a pixel
+NOTHING_ALIGNED = {"transfer": "none", "align_weight": 0.0, "region_weight": 0.0}
+SETTINGS = {
+    "transformer": Setting(1, "Transformer alone", alone("transformer")),
+    "equal-time": Setting(2, "Transformer alone, as much time as full", alone("transformer")),
+    "cnn": Setting(3, "CNN alone", alone("cnn")),
+    "mutual": Setting(4, "mutual, no gate, matched weight", both(**HALF, align=False)),
+    "frozen": Setting(5, "one way, from the frozen CNN of (3)", FrozenCNN),
+    "one-way": Setting(
+        6, "one way, CNN learns too", both(transfer="cnn_to_transformer", align=False)
+    ),
+    "selective": Setting(7, "selective, no shared space", both(align=False)),
+    "decorrelation": Setting(8, "decorrelation only, no transfer", both(**NOTHING_ALIGNED)),
+    "full": Setting(9, "full", CTCLM),
+    "constant": Setting(10, "full, constant gate", both(**HALF)),
+    "plain": Setting(11, "full, plain encoder", both(encoder="plain")),
+    "twin": Setting(12, "full, a second Transformer for the CNN", two_transformers),
+    "perturbed": Setting(13, "Transformer alone, perturbed", alone("transformer")),
+    "ensemble": Setting(14, "mean of (1) and (3), not trained", None),
+    "penalised": Setting(15, "Transformer alone, decorrelated", alone("transformer", align=True)),
+}
+
+
+# --- Few labels -----------------------------------------------------------------------------------
+
+
+def few_labels(dataset: Dataset, first: int, count: int, side: int) -> list[Scene]:
+    """`count` scenes from number `first` on (0: all), cut to a square of `side` pixels (0: whole).
+
+    Raises UsageError where there are not so many.
+    """
+    end = first + count if count else len(dataset.scenes)
+    if not first < end <= len(dataset.scenes):
+        raise cli.UsageError(
+            f"--labelled {count} --labelled-from {first}, but there are "
+            f"{len(dataset.scenes)} training scenes"
+        )
+    scenes, K = dataset.scenes[first:end], len(dataset.classes.names)
+    return [middle(scene, side, K) for scene in scenes] if side else scenes
+
+
+def middle(scene: Scene, side: int, K: int) -> Scene:
+    """The square of `side` pixels in the middle of a scene, or what there is of it."""
+    top, left = (max(0, (length - side) // 2) for length in scene.label.shape)
+    area = np.s_[top : top + side, left : left + side]
+    image, label = np.asarray(scene.image[area]), np.asarray(scene.label[area])
+    return scene._replace(image=image, label=label, cells=count_cells(label, K)[..., :K])
