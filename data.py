@@ -1,26 +1,40 @@
-"""Aerial data sets as their publishers unpack them: found, checked, decoded once.
+"""Data sets -> scenes -> random training windows.
 
     dataset = load("potsdam", root="/data/potsdam", split="train", cache="/data/cache")
     scene = dataset.scenes[0]
     scene.image[0:512, 0:512]                   # (512, 512, C) uint8, read from a memory map
+    windows = Windows(dataset.scenes, crop=512, batch_size=8, seed=0)
+    images, labels = windows.batch(step)        # (B, C, crop, crop) uint8, (B, crop, crop) uint8
 
-`toy` needs no files; `potsdam`, `vaihingen` and `loveda` read the publishers' folders (layouts.py);
-`folder` anyone's own:
+`toy` needs no files. `potsdam`, `vaihingen` and `loveda` are read from the folders as their
+publishers pack them (support/layouts.py). `folder` is anyone's own data:
 
     ROOT/classes.json      {"classes": ["road", ...], "ignore": 255, "colours": [[r, g, b], ...]}
     ROOT/{train,val,test}/images/NAME.{png,jpg,tif}
     ROOT/{train,val,test}/masks/NAME.{png,tif}        one channel, values are class indices
 
-There is no patching step: windows.py cuts from the maps. Labels are uint8, 255 is ignored, and what
-is no class is an error or is ignored and reported: it never becomes class 0.
+There is no patching step: windows are cut from whole scenes. Labels are uint8, and 255 is ignored.
+A pixel that has no class is an error, or it is ignored and reported. It never becomes class 0.
+
+Window k of step s is a pure function of (seed, rank, s, k). So the step number is the whole state
+of the data: there is no sampler to save and no worker to seed, and a resumed run continues with the
+same windows. The paper's abstract names Potsdam and LoveDA but says nothing about windows or
+augmentation. Both are our choice.
+
+A fraction `rare_class_fraction` of the windows is drawn around a pixel of a rare class. A class is
+rare when it has less than half the pixels it would have if all classes had the same number: of
+Potsdam's six, car and clutter. The class is drawn first, each rare one with the same probability,
+then one of its pixels, then the place of that pixel in the window. While labels are decoded their
+classes are counted in small squares, so that finding a pixel takes no pass over all labels.
 
     python data.py audit potsdam --root /data/potsdam   # is it fit to train on?
     python data.py toy --root DIR                       # toy scenes as files, in Potsdam's layout
 
-Letters: H W pixels, C channels, K classes.
+Letters: B batch, C channels, H W pixels, K classes.
 """
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,25 +44,23 @@ import numpy as np
 from PIL import Image
 
 from support import audit, cli, toy
-from support.cache import Cache, Map
-from support.labels import (
-    CELL,
-    MAX_UNKNOWN,
-    ROWS,
-    UNKNOWN,
-    LabelReader,
-    count_cells,
-    encode_colours,
-)
-from support.layouts import BANDS, IGNORE, POTSDAM, POTSDAM_TILES, SPLITS, Classes, Found, find
+from support.cache import Cache, MappedArray
+from support.labels import CELL, MAX_UNKNOWN, ROWS, UNKNOWN, LabelReader, count_cells
+from support.layouts import BANDS, IGNORE, POTSDAM, SPLITS, Classes, SplitFiles, Tile, find_split
 from support.raster import DataError, open_rows
+
+DATA_SETS = ("toy", "potsdam", "vaihingen", "loveda", "folder")
+
+# --- Data sets ----------------------------------------------------------------------------------
+
+Pixels = np.ndarray | MappedArray
 
 
 class Scene(NamedTuple):
     name: str
-    image: np.ndarray | Map  # (H, W, C) uint8
-    label: np.ndarray | Map | None  # (H, W) uint8, 0..K-1 or IGNORE
-    eroded: np.ndarray | Map | None = None  # without boundaries; `label` itself if that is so too
+    image: Pixels  # (H, W, C) uint8
+    label: Pixels | None  # (H, W) uint8, 0..K-1 or IGNORE
+    eroded: Pixels | None = None  # label without boundaries; `label` itself if there is no other
     path: Path | None = None  # the image's file
     domain: str = ""  # LoveDA: "urban" or "rural"
     cells: np.ndarray | None = None  # pixels of each class in squares of labels.CELL, (., ., K)
@@ -57,14 +69,8 @@ class Scene(NamedTuple):
 class Dataset(NamedTuple):
     classes: Classes
     scenes: list[Scene]
-    notes: list[str]  # what the user should know about what was found
+    notes: list[str]  # what the user should know about the files
     bands: str = "rgb"  # of the images: one of BANDS
-
-
-# Scene seeds of the toy splits: far apart, so that no split can grow into another.
-TOY_SCENES = {"train": range(0, 24), "val": range(1000, 1006), "test": range(2000, 2012)}
-
-DATA_SETS = ("toy", "potsdam", "vaihingen", "loveda", "folder")
 
 
 def load(
@@ -79,9 +85,10 @@ def load(
 ) -> Dataset:
     """All scenes of one split. `tiles` names the scenes to take instead of the split's.
 
-    With a folder `cache`, arrays are decoded into it once and are Maps; without, they are decoded
-    into memory. `bands` asks for one of BANDS where the publisher has several. `max_unknown` is the
-    share of a label's pixels whose colour may be of no class (None: MAX_UNKNOWN); they are ignored.
+    With a folder `cache`, files are decoded into it once and scenes hold MappedArrays. Without it
+    they are decoded into memory. `bands` asks for one of BANDS where the publisher has several.
+    `max_unknown` is the share of a label's pixels that may have a colour of no class (None:
+    MAX_UNKNOWN). These pixels are ignored.
 
     Raises DataError when anything is missing, damaged, or would be misread.
     """
@@ -91,83 +98,135 @@ def load(
         return load_toy(split)
     if root is None:
         raise DataError(f"--data {data} needs --root, the folder that holds it")
-    found = find(data, root, split, tiles, bands)
-    if found.faults:
-        more = len(found.faults) - 1
+    files = find_split(data, root, split, tiles, bands)
+    if files.faults:
+        more = len(files.faults) - 1
         hint = f" (and {more} more: python data.py audit lists them)" if more else ""
-        raise DataError(found.faults[0] + hint)
-    max_unknown = MAX_UNKNOWN if max_unknown is None else max_unknown
-    store = Cache(cache) if cache is not None else None
-    scenes, notes = [], found.gaps + found.notes
+        raise DataError(files.faults[0] + hint)
+    reader = SceneReader(
+        files,
+        Cache(cache) if cache is not None else None,
+        MAX_UNKNOWN if max_unknown is None else max_unknown,
+        with_eroded=split != "train",  # eroded labels are for scores only
+    )
+    scenes, notes = [], files.gaps + files.notes
     with cli.Progress(f"decoding the {split} split") as progress:
-        for index, tile in enumerate(found.tiles):
-            image = load_image(tile.image, store)
-            label, cells = load_label(tile.label, image, tile, found, store, max_unknown, notes)
-            eroded = label if tile.eroded == tile.label else None
-            if eroded is None and split != "train":  # eroded labels are for scores only
-                eroded, _ = load_label(tile.eroded, image, tile, found, store, max_unknown, notes)
-            scene = Scene(tile.name, image, label, eroded, tile.image, tile.domain, cells)
+        for index, tile in enumerate(files.tiles):
+            scene, scene_notes = reader.scene(tile)
             scenes.append(scene)
-            progress((index + 1) / len(found.tiles))
-    return Dataset(found.classes, scenes, notes, same_bands(scenes, found, bands))
+            notes += scene_notes
+            progress((index + 1) / len(files.tiles))
+    return Dataset(files.classes, scenes, notes, common_bands(scenes, files, bands))
 
 
 def load_toy(split: str) -> Dataset:
     K, scenes = len(POTSDAM.names), []
-    for seed in TOY_SCENES[split]:
+    for seed in toy.SPLIT_SEEDS[split]:
         image, label = toy.scene(seed)
         scenes.append(Scene(f"toy_{seed}", image, label, cells=count_cells(label, K)[..., :K]))
     return Dataset(POTSDAM, scenes, [])
 
 
-# --- Files -> arrays -----------------------------------------------------------------------------
+def common_bands(scenes: list[Scene], files: SplitFiles, asked: str | None) -> str:
+    """The bands of all images. DataError where images differ, or have not the bands asked for."""
+    if asked and files.bands not in ("", asked):
+        raise DataError(f"there are no {asked} images in this data set, only {files.bands}")
+    bands = asked or files.bands or {3: "rgb", 4: "rgbir"}[scenes[0].image.shape[2]]
+    for scene in scenes:
+        C = scene.image.shape[2]
+        if C != BANDS[bands]:
+            raise DataError(f"{scene.path}: has {C} bands, but {bands} has {BANDS[bands]}")
+    return bands
 
 
-def load_image(path: Path, store: Cache | None) -> np.ndarray | Map:
-    """(H, W, C) uint8, decoded at most once if there is a cache."""
-    name = store and store.name(path, "image")
-    if store and (image := store.find(name)) is not None:
-        return image
-    rows = open_rows(path)
-    return kept(store, name, rows.shape, np.uint8, row_blocks(rows))
+# --- Files -> scenes ----------------------------------------------------------------------------
 
 
-def load_label(path, image, tile, found: Found, store: Cache | None, max_unknown: float, notes):
-    """The classes (H, W) uint8 of a label file, and how many of each lie in squares of CELL."""
-    if path is None:
-        return None, None
-    K = len(found.classes.names)
-    name = store and store.name(path, repr((found.classes, found.coding, max_unknown)))
-    label, cells = (store.find(f"{name}.{what}") if store else None for what in ("label", "cells"))
-    if label is None or cells is None:
-        reader = LabelReader(path, found.classes, found.coding)
-        check_size(reader.shape, image.shape, path, tile.image)
-        counts = []
+class DecodedLabel(NamedTuple):
+    pixels: Pixels | None = None  # (H, W) uint8, 0..K-1 or IGNORE
+    cells: np.ndarray | None = None  # pixels of each class in squares of CELL, (., ., K)
+    notes: tuple[str, ...] = ()
 
-        def decoded():
+
+@dataclass
+class SceneReader:
+    """Decodes the files of a split, each at most once if there is a cache."""
+
+    files: SplitFiles
+    cache: Cache | None
+    max_unknown: float  # share of a label's pixels that may have a colour of no class
+    with_eroded: bool  # also decode the eroded label where it is another file
+
+    def scene(self, tile: Tile) -> tuple[Scene, list[str]]:
+        """The scene, and what the user should know about its labels."""
+        image = self.image(tile.image)
+        label, notes = self.label(tile.label, tile, image.shape), []
+        eroded = label
+        if tile.eroded != tile.label:
+            wanted = tile.eroded if self.with_eroded else None
+            eroded = self.label(wanted, tile, image.shape)
+            notes += eroded.notes
+        scene = Scene(
+            tile.name, image, label.pixels, eroded.pixels, tile.image, tile.domain, label.cells
+        )
+        return scene, [*label.notes, *notes]
+
+    def image(self, path: Path) -> Pixels:
+        """(H, W, C) uint8."""
+        name = self.cache and self.cache.name(path, "image")
+        if (image := self.find(name)) is not None:
+            return image
+        rows = open_rows(path)
+        return self.store(name, rows.shape, np.uint8, row_blocks(rows))
+
+    def label(self, path: Path | None, tile: Tile, image_shape) -> DecodedLabel:
+        """The classes of a label file; DataError unless it is as large as the image."""
+        if path is None:
+            return DecodedLabel()
+        how = repr((self.files.classes, self.files.encoding, self.max_unknown))
+        name = self.cache and self.cache.name(path, how)
+        pixels, cells = self.find(f"{name}.label"), self.find(f"{name}.cells")
+        if pixels is None or cells is None:
+            reader = LabelReader(path, self.files.classes, self.files.encoding)
+            check_size(reader.shape, image_shape, path, tile.image)  # before the work
+            pixels, cells = self.decode_label(reader, name)
+        check_size(pixels.shape, image_shape, path, tile.image)
+        K, notes = len(self.files.classes.names), ()
+        if unknown := cells[..., K].sum():
+            notes = (f"{path}: {unknown} pixels have a colour of no class; they are ignored",)
+        return DecodedLabel(pixels, np.array(cells[..., :K]), notes)
+
+    def decode_label(self, reader: LabelReader, name: str) -> tuple[Pixels, Pixels]:
+        """The classes (H, W), and how many of each and of UNKNOWN lie in squares of CELL."""
+        K, counts = len(self.files.classes.names), []
+
+        def blocks():
             for rows in row_blocks(reader):
                 counts.append(count_cells(rows, K))
                 rows[rows == UNKNOWN] = IGNORE
                 yield rows
-            reader.check(max_unknown)  # before the label gets its name
+            reader.check(self.max_unknown)  # before the label gets its name in the cache
 
-        label = kept(store, f"{name}.label", reader.shape, np.uint8, decoded())
+        pixels = self.store(f"{name}.label", reader.shape, np.uint8, blocks())
         cells = np.concatenate(counts)
-        cells = kept(store, f"{name}.cells", cells.shape, cells.dtype, [cells])
-    check_size(label.shape, image.shape, path, tile.image)
-    if unknown := cells[..., K].sum():
-        notes.append(f"{path}: {unknown} pixels have a colour of no class; they are ignored")
-    return label, np.array(cells[..., :K])
+        return pixels, self.store(f"{name}.cells", cells.shape, cells.dtype, [cells])
+
+    def find(self, name: str) -> MappedArray | None:
+        return self.cache.find(name) if self.cache else None
+
+    def store(self, name: str, shape, dtype, blocks) -> Pixels:
+        """The array made of `blocks` of rows: in the cache, or in memory if there is none."""
+        return (
+            self.cache.store(name, shape, dtype, blocks)
+            if self.cache
+            else np.concatenate([*blocks])
+        )
 
 
-def row_blocks(source):
-    """All rows of an image or label, ROWS at a time: decoding needs the memory of a band."""
+def row_blocks(source) -> Iterator[np.ndarray]:
+    """An image or a label from top to bottom, ROWS at a time, to keep the decoding memory small."""
     for top in range(0, source.shape[0], ROWS):
         yield source.read(top, min(top + ROWS, source.shape[0]))
-
-
-def kept(store: Cache | None, name: str, shape, dtype, blocks) -> np.ndarray | Map:
-    return store.keep(name, shape, dtype, blocks) if store else np.concatenate([*blocks])
 
 
 def check_size(label, image, label_path: Path, image_path: Path) -> None:
@@ -178,21 +237,7 @@ def check_size(label, image, label_path: Path, image_path: Path) -> None:
         )
 
 
-def same_bands(scenes: list[Scene], found: Found, asked: str | None) -> str:
-    """What the bands of all images are; DataError where they are not the same, or not those."""
-    if asked and found.bands not in ("", asked):
-        raise DataError(f"there are no {asked} images in this data set, only {found.bands}")
-    bands = asked or found.bands or {3: "rgb", 4: "rgbir"}[scenes[0].image.shape[2]]
-    for scene in scenes:
-        C = scene.image.shape[2]
-        if C != BANDS[bands]:
-            raise DataError(f"{scene.path}: has {C} bands, but {bands} has {BANDS[bands]}")
-    return bands
-
-
-# --- Random windows ----------------------------------------------------------------------------
-
-RARE_SHARE, SCARCE = 0.25, 0.01
+# --- Scenes -> random windows -------------------------------------------------------------------
 
 
 @dataclass
@@ -204,83 +249,96 @@ class Windows:
     batch_size: int
     seed: int = 0
     rank: int = 0
-    rare: float = 0.0  # share of the windows that are drawn around a pixel of a rare class
-    augment: bool = True  # in scale and light; without, windows are turned and flipped only
+    rare_class_fraction: float = 0.0  # of the windows, drawn around a pixel of a rare class
+    augment: bool = True  # flips, turns, scale and light; False: flips and turns only
 
     def __post_init__(self):
         areas = np.array([scene.label.size for scene in self.scenes], float)
-        self.shares = areas / areas.sum()
-        self.places = rare_places(self.scenes) if self.rare else []
+        self.area_shares = areas / areas.sum()
+        self.rare_classes = rare_class_pixels(self.scenes) if self.rare_class_fraction else []
 
     def batch(self, step: int, map=map) -> tuple[np.ndarray, np.ndarray]:
-        """images (B, C, crop, crop) uint8, labels (B, crop, crop) uint8; `map` may be a pool's."""
+        """images (B, C, crop, crop) uint8, labels (B, crop, crop) uint8.
+
+        `map` may be a thread pool's: the windows are the same.
+        """
         windows = map(self.window, [step] * self.batch_size, range(self.batch_size))
         images, labels = zip(*windows, strict=True)
         return np.stack(images).transpose(0, 3, 1, 2), np.stack(labels)
 
     def window(self, step: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Window k of `step`: a scene by its area, a place, a scale, an orientation, a light."""
+        """Window k of `step`: image (crop, crop, C) uint8, label (crop, crop) uint8."""
         # A counter-based generator: (seed, rank) is the key, (k, step) the counter's upper words.
         bits = np.random.Philox(key=[self.seed, self.rank], counter=[0, 0, k, step])
         rng = np.random.Generator(bits)
         point = None
-        if self.places and rng.random() < self.rare:
-            scene, point = self.places[rng.integers(len(self.places))].draw(rng, self.scenes)
+        if self.rare_classes and rng.random() < self.rare_class_fraction:
+            pixels = self.rare_classes[rng.integers(len(self.rare_classes))]
+            scene, point = pixels.draw(rng, self.scenes)
         else:
-            scene = rng.choice(len(self.shares), p=self.shares)
+            scene = rng.choice(len(self.area_shares), p=self.area_shares)
         side = self.crop  # in the scene's pixels
         if self.augment:
             side = round(side / rng.uniform(0.5, 1.5))
-        image, label = cut(self.scenes[scene], side, rng, point)
+        image, label = random_crop(self.scenes[scene], side, rng, point)
         image, label = resize(image, label, self.crop)
-        image, label = turn(image, label, quarter=rng.integers(4), flip=rng.integers(2))
+        quarter_turns, flip = rng.integers(4), rng.integers(2)
+        image, label = flip_and_rotate(image, label, quarter_turns, flip)
         if self.augment:
-            image = change_light(image, rng)
+            image = photometric_jitter(image, rng)
         return image, label
 
 
-class Places:
-    """Where the pixels of class k are; draws one of them, all alike."""
+class ClassPixels:
+    """Where the pixels of class k lie; `draw` gives each of them with the same probability."""
 
     def __init__(self, scenes: list[Scene], k: int):
         self.k, counts = k, [scene.cells[..., k] for scene in scenes]
         cells = [np.argwhere(count) for count in counts]
         self.scene = np.repeat(np.arange(len(scenes)), [len(c) for c in cells])
         self.cells = np.concatenate(cells)  # (row, column) of each square that has some
-        self.pixels = np.cumsum(np.concatenate([count[count > 0] for count in counts]))
+        self.cumulative = np.cumsum(np.concatenate([count[count > 0] for count in counts]))
 
     def draw(self, rng, scenes: list[Scene]) -> tuple[int, tuple[int, int]]:
-        """A scene's number, and a row and a column in it."""
-        index = np.searchsorted(self.pixels, rng.integers(self.pixels[-1]), side="right")
+        """The index of a scene, and a row and a column in it."""
+        pixel = rng.integers(self.cumulative[-1])
+        index = np.searchsorted(self.cumulative, pixel, side="right")
         scene, (top, left) = self.scene[index], self.cells[index] * CELL
         label = scenes[scene].label[top : top + CELL, left : left + CELL]
         row, column = rng.choice(np.argwhere(label == self.k))
         return scene, (top + row, left + column)
 
 
-def rare_places(scenes: list[Scene]) -> list[Places]:
+def rare_class_pixels(scenes: list[Scene]) -> list[ClassPixels]:
     """One for each class that has some pixels, but less than half of an equal share."""
-    total = class_pixels(scenes)
+    total = count_classes(scenes)
     rare = np.nonzero((total > 0) & (total < total.sum() / (2 * len(total))))[0]
-    return [Places(scenes, k) for k in rare]
+    return [ClassPixels(scenes, k) for k in rare]
 
 
-def rare_share(scenes: list[Scene]) -> float:
-    """RARE_SHARE where a class that occurs is SCARCE; else 0, it did no good there (NOTES.md)."""
-    total = class_pixels(scenes)
-    return RARE_SHARE if ((total > 0) & (total < SCARCE * total.sum())).any() else 0.0
+def default_rare_class_fraction(scenes: list[Scene]) -> float:
+    """0.25 where a class has less than a hundredth of the pixels, but some; else 0.
+
+    On data without so rare a class, windows around rare classes did no good (NOTES.md).
+    """
+    total = count_classes(scenes)
+    return 0.25 if ((total > 0) & (total < 0.01 * total.sum())).any() else 0.0
 
 
-def class_pixels(scenes: list[Scene]) -> np.ndarray:
+def count_classes(scenes: list[Scene]) -> np.ndarray:
+    """Pixels of each class in all scenes, (K,) int64."""
     return sum(scene.cells.sum(axis=(0, 1), dtype=np.int64) for scene in scenes)
 
 
-def cut(scene: Scene, side: int, rng, point=None) -> tuple[np.ndarray, np.ndarray]:
-    """A random square, with `point` in it; where the scene is smaller, mirrored pixels whose label
-    is ignored."""
+def random_crop(scene: Scene, side: int, rng, point=None) -> tuple[np.ndarray, np.ndarray]:
+    """A random square of a scene, (side, side, C) and (side, side), with the pixel `point` in it.
+
+    Where the scene is smaller than `side`, the image is continued by mirrored pixels, whose label
+    is IGNORE.
+    """
     H, W = scene.label.shape
     y, x = point or (None, None)
-    top, left = start(H, side, rng, y), start(W, side, rng, x)
+    top, left = window_start(H, side, rng, y), window_start(W, side, rng, x)
     area = np.s_[top : top + side, left : left + side]
     image, label = scene.image[area], scene.label[area]
     if label.shape != (side, side):
@@ -290,15 +348,16 @@ def cut(scene: Scene, side: int, rng, point=None) -> tuple[np.ndarray, np.ndarra
     return image, label
 
 
-def start(length: int, side: int, rng, point: int | None = None) -> int:
-    """Where a window begins on an axis: its centre is anywhere, or `point` is anywhere in it; then
-    it is moved inside.
+def window_start(length: int, side: int, rng, point: int | None = None) -> int:
+    """Where a window begins on an axis of `length` pixels.
 
+    Its centre is anywhere on the axis, or `point` is anywhere in it. Then it is moved inside.
     Windows that start anywhere inside would hardly ever show a scene's margin: in a scene of 512
-    pixels and windows of 256, the outermost pixel in one of 257, a pixel of the middle always.
+    pixels and windows of 256, one window in 257 would show the outermost pixel, and all of them the
+    middle one.
     """
-    begin = rng.integers(length) - side // 2 if point is None else point - rng.integers(side)
-    return int(np.clip(begin, 0, max(length - side, 0)))
+    start = rng.integers(length) - side // 2 if point is None else point - rng.integers(side)
+    return int(np.clip(start, 0, max(length - side, 0)))
 
 
 def resize(image: np.ndarray, label: np.ndarray, crop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -307,24 +366,24 @@ def resize(image: np.ndarray, label: np.ndarray, crop: int) -> tuple[np.ndarray,
         size, bilinear = (crop, crop), Image.Resampling.BILINEAR
         if image.shape[2] == 3:
             image = Image.fromarray(image).resize(size, bilinear)
-        else:  # band by band: four would be taken for a colour and its transparency
+        else:  # one band at a time: Pillow would take four for a colour and its transparency
             bands = (Image.fromarray(np.ascontiguousarray(b)) for b in np.moveaxis(image, 2, 0))
             image = np.stack([band.resize(size, bilinear) for band in bands], axis=-1)
         label = Image.fromarray(label).resize(size, Image.Resampling.NEAREST)
     return np.asarray(image), np.asarray(label)
 
 
-def turn(image, label, quarter: int, flip: int) -> tuple[np.ndarray, np.ndarray]:
-    """One of the eight orientations; seen from above none is more likely than another."""
-    image, label = np.rot90(image, quarter), np.rot90(label, quarter)
+def flip_and_rotate(image, label, quarter_turns: int, flip: int) -> tuple[np.ndarray, np.ndarray]:
+    """One of the eight orientations of a square. In aerial images all are equally likely."""
+    image, label = np.rot90(image, quarter_turns), np.rot90(label, quarter_turns)
     return (image[:, ::-1], label[:, ::-1]) if flip else (image, label)
 
 
-def change_light(image: np.ndarray, rng) -> np.ndarray:
-    """Contrast about each band's own mean, exposure and a colour cast, as one table per band.
+def photometric_jitter(image: np.ndarray, rng) -> np.ndarray:
+    """Random contrast about each band's own mean, exposure and colour cast, as a table per band.
 
-    About a fixed mid-grey, the contrast of a dark scene would change its brightness and hue by more
-    than what tells its classes apart.
+    Contrast about a fixed mid-grey would change the brightness and hue of a dark scene by more than
+    the difference between its classes.
     """
     bands = image.shape[2]
     mean = [image[..., band].sum() / image[..., band].size for band in range(bands)]  # 20x mean()
@@ -336,10 +395,10 @@ def change_light(image: np.ndarray, rng) -> np.ndarray:
 
 
 def prefetch(windows: Windows, steps: range, threads: int = 1):
-    """Yield (step, images, labels, seconds waited), the next batch being made meanwhile.
+    """Yield (step, images, labels, seconds waited) while the next batch is being made.
 
-    A batch's windows are made by `threads` threads: most of a window's time is spent in Pillow and
-    numpy, which let others run.
+    `threads` threads make the windows of a batch. Most of a window's time is spent in Pillow and
+    numpy, which release the interpreter's lock.
     """
     with ThreadPoolExecutor(1, "batch") as ahead, ThreadPoolExecutor(threads, "window") as pool:
         upcoming = ahead.submit(windows.batch, steps.start, pool.map) if steps else None
@@ -353,20 +412,6 @@ def prefetch(windows: Windows, steps: range, threads: int = 1):
 
 
 # --- python data.py -----------------------------------------------------------------------------
-
-
-def write_toy(root: Path, scenes_per_split: int = 3) -> None:
-    """Toy scenes as files in the layout of ISPRS Potsdam, under names of its own splits."""
-    for folder in ("2_Ortho_RGB", "5_Labels_all"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        for tile, seed in zip(
-            POTSDAM_TILES[split].split()[:scenes_per_split], TOY_SCENES[split], strict=False
-        ):
-            image, label = toy.scene(seed)
-            Image.fromarray(image).save(root / "2_Ortho_RGB" / f"top_potsdam_{tile}_RGB.tif")
-            label = Image.fromarray(encode_colours(label, POTSDAM.colours))
-            label.save(root / "5_Labels_all" / f"top_potsdam_{tile}_label.tif")
 
 
 @dataclass
@@ -400,7 +445,7 @@ def main(arguments: list[str]) -> int | None:
         bands = None if config.bands == "auto" else config.bands
         options = {"tiles": config.tiles, "bands": bands, "max_unknown": config.max_unknown}
         return audit.report(audit.examine(config.data[0], config.root, splits, **options))
-    write_toy(config.root)
+    toy.write_files(config.root)
     print(f"python train.py --data potsdam --root {config.root}")
 
 

@@ -28,8 +28,8 @@ from typing import NamedTuple
 import numpy as np
 
 from support import cli
-from support.labels import BLURRED, MAX_UNKNOWN, ROWS, UNKNOWN, LabelReader, farther
-from support.layouts import BANDS, IGNORE, Found, Tile, find
+from support.labels import BLURRED, MAX_UNKNOWN, ROWS, UNKNOWN, LabelReader, far_from_corners
+from support.layouts import BANDS, IGNORE, SplitFiles, Tile, find_split
 from support.raster import DataError, header, open_rows
 
 # Class shares of Potsdam's 38 tiles, in the order of its classes.
@@ -74,7 +74,7 @@ def examine(
     rows, faults, notes, names = [], [], [], ()
     for split in splits:
         try:
-            found = find(data, root, split, tiles, bands)
+            found = find_split(data, root, split, tiles, bands)
         except DataError as error:
             (notes if split == "test" else faults).append(str(error))
             continue
@@ -102,7 +102,7 @@ def examine(
     return Audit(data, names, rows, faults, [n for n in dict.fromkeys(notes) if n not in faults])
 
 
-def examine_tile(split: str, tile: Tile, found: Found, max_unknown: float) -> Row:
+def examine_tile(split: str, tile: Tile, found: SplitFiles, max_unknown: float) -> Row:
     faults, K = [], len(found.classes.names)
     image = examine_image(tile.image, found.bands, faults)
     label, pixels = examine_label(tile.label, found, max_unknown, faults)
@@ -113,15 +113,24 @@ def examine_tile(split: str, tile: Tile, found: Found, max_unknown: float) -> Ro
     if label is not None:
         if not pixels[:K].any():
             faults.append(f"{tile.label}: every pixel is ignored, there is nothing to learn from")
-        if found.coding.coloured and (fault := swapped_label(tile.label, pixels[:K])):
+        if found.encoding.coloured and (fault := swapped_label(tile.label, pixels[:K])):
             faults.append(fault)
         if compare_sizes(tile.image, tile.label, faults) and image is not None:
             for k in range(K):
                 sums[k], counts[k] = image[label == k].sum(0, dtype=float), (label == k).sum()
-    return Row(split, tile, says(tile.image), says(tile.label), pixels, sums, counts, faults)
+    return Row(
+        split,
+        tile,
+        describe_file(tile.image),
+        describe_file(tile.label),
+        pixels,
+        sums,
+        counts,
+        faults,
+    )
 
 
-def says(path: Path | None) -> str:
+def describe_file(path: Path | None) -> str:
     """A file's own word on its pixels, for the table."""
     if path is None:
         return "missing"
@@ -153,7 +162,7 @@ def examine_image(path: Path, bands: str, faults: list[str]) -> np.ndarray | Non
         small = np.concatenate(small)
         if (small == small[0, 0]).all():
             raise DataError(f"{path}: all of it has one colour, {tuple(small[0, 0].tolist())}")
-        if 1 - farther(small, BLURRED).mean() > CORNERS:
+        if 1 - far_from_corners(small, BLURRED).mean() > CORNERS:
             raise DataError(f"{path}: has the colours of a label; it is no photograph")
     except DataError as error:
         faults.append(str(error))
@@ -161,7 +170,7 @@ def examine_image(path: Path, bands: str, faults: list[str]) -> np.ndarray | Non
     return small
 
 
-def examine_label(path: Path | None, found: Found, max_unknown: float, faults: list[str]):
+def examine_label(path: Path | None, found: SplitFiles, max_unknown: float, faults: list[str]):
     """A small copy (H / EVERY, W / EVERY), if there is one, and the pixels of each class,
     ignored, and of no class (K + 2,)."""
     K = len(found.classes.names)
@@ -169,7 +178,7 @@ def examine_label(path: Path | None, found: Found, max_unknown: float, faults: l
     small = []
     if path is not None:
         try:
-            reader = LabelReader(path, found.classes, found.coding)
+            reader = LabelReader(path, found.classes, found.encoding)
             for top in range(0, reader.shape[0], ROWS):
                 label = reader.read(top, min(top + ROWS, reader.shape[0]))
                 counts += np.bincount(label.ravel(), minlength=256)

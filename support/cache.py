@@ -2,7 +2,7 @@
 
     cache = Cache(Path("runs/potsdam/cache"))
     name = cache.name(source, "image")                  # changes when the source file does
-    image = cache.find(name) or cache.keep(name, shape, blocks)     # a Map
+    image = cache.find(name) or cache.store(name, shape, blocks)     # a MappedArray
     image[1000:1512, 2000:2512]                         # reads these pixels, and no others
 
 Any number of processes may share a folder: a file is written under a name of its own and renamed
@@ -27,7 +27,7 @@ VERSION = 1  # of what is decoded: a change makes older files unknown
 ABANDONED = 600  # seconds since the last byte was written to a temporary file
 
 
-class Map(np.lib.mixins.NDArrayOperatorsMixin):
+class MappedArray(np.lib.mixins.NDArrayOperatorsMixin):
     """An array in a .npy file; every access maps it anew and reads what it asks for.
 
     So no file stays open (LoveDA has more images than a process may have open files) and no page
@@ -64,7 +64,7 @@ class Map(np.lib.mixins.NDArrayOperatorsMixin):
         return np.array(self.open(), dtype, copy=copy)
 
     def __array_ufunc__(self, ufunc, method, *inputs, **options):
-        arrays = (i.open() if isinstance(i, Map) else i for i in inputs)
+        arrays = (i.open() if isinstance(i, MappedArray) else i for i in inputs)
         return getattr(ufunc, method)(*arrays, **options)
 
 
@@ -88,14 +88,14 @@ class Cache:
         key = (str(path), status.st_size, status.st_mtime_ns, what, VERSION)
         return f"{source.stem}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
 
-    def find(self, name: str) -> Map | None:
+    def find(self, name: str) -> MappedArray | None:
         """The array, if it is here and whole."""
         try:
-            return Map(self.folder / f"{name}.npy")
+            return MappedArray(self.folder / f"{name}.npy")
         except (FileNotFoundError, ValueError, KeyError):
             return None
 
-    def keep(self, name: str, shape, dtype, blocks: Iterable[np.ndarray]) -> Map:
+    def store(self, name: str, shape, dtype, blocks: Iterable[np.ndarray]) -> MappedArray:
         """Write the blocks one below the other. What interrupts them leaves nothing behind."""
         path = self.folder / f"{name}.npy"
         temporary = self.folder / f".{name}.{uuid.uuid4().hex}.tmp"
@@ -123,4 +123,4 @@ class Cache:
             ) from None
         finally:
             temporary.unlink(missing_ok=True)
-        return Map(path)
+        return MappedArray(path)

@@ -18,7 +18,7 @@ class CheckpointError(ValueError):
 
 
 @contextmanager
-def whole(path: Path):
+def atomic_write(path: Path):
     """A file, open for writing, that takes the name `path` when the block ends without exception.
 
     Until then it is a temporary one beside it: an interrupted run leaves nothing that looks whole,
@@ -42,7 +42,7 @@ def whole(path: Path):
 
 def save(contents: dict, path: Path) -> None:
     """Write `contents` (plain types and tensors) so that `path` is either the old or the new."""
-    with whole(path) as file:
+    with atomic_write(path) as file:
         torch.save(contents, file)
 
 

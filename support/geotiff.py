@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.checkpoint import whole
+from support.checkpoint import atomic_write
 from support.raster import (
     BANDS,
     BITS,
@@ -30,10 +30,10 @@ from support.raster import (
     WIDTH,
     DataError,
     Tags,
-    directory,
     header,
     read_tags,
-    tiff_start,
+    tiff_directory,
+    tiff_file_header,
 )
 
 # --- Georeference -------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def create(path: Path, shape, colours=None, place: Georeference | None = None):
     """
     kind = {".tif": TiffWriter, ".png": PngWriter}[Path(path).suffix]
     place = place or Georeference({}, {})
-    with whole(path) as file:
+    with atomic_write(path) as file:
         writer = kind(file, path, shape, colours, place.tags)
         yield writer
         if writer.rows != shape[0]:
@@ -121,7 +121,7 @@ class TiffWriter(Writer):
             raise DataError(f"{self.path}: would not fit into the 4 GiB of a TIFF")
         self.strip = max(1, STRIP // self.width)  # rows
         self.offsets, self.sizes, self.waiting = [], [], np.empty((0, self.width), np.uint8)
-        self.file.write(tiff_start(0))
+        self.file.write(tiff_file_header(0))
 
     def write(self, rows: np.ndarray) -> None:
         self.waiting = np.concatenate([self.waiting, rows])
@@ -156,9 +156,9 @@ class TiffWriter(Writer):
             )  # all reds, greens, blues
         self.file.write(b"\0" * (self.file.tell() % 2))
         offset = self.file.tell()
-        self.file.write(directory(tags, offset))
+        self.file.write(tiff_directory(tags, offset))
         self.file.seek(0)
-        self.file.write(tiff_start(offset))
+        self.file.write(tiff_file_header(offset))
 
 
 class PngWriter(Writer):

@@ -1,6 +1,6 @@
 """Label files -> classes. What is no class is counted and said, and never becomes class 0.
 
-    reader = LabelReader(path, found.classes, found.coding)
+    reader = LabelReader(path, found.classes, found.encoding)
     for top in range(0, reader.shape[0], ROWS): classes = reader.read(top, top + ROWS)  # (rows, W)
     reader.check(MAX_UNKNOWN)                           # DataError, if they are not to be believed
 
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.layouts import IGNORE, Classes, Coding
+from support.layouts import IGNORE, Classes, LabelEncoding
 from support.raster import DataError, open_rows, read_indices
 
 FAR, MAX_UNKNOWN = 112, 0.001
@@ -48,11 +48,11 @@ def decode_colours(rgb: np.ndarray, colours) -> np.ndarray:
         table[(np.array(colour) > 127) @ corner] = index
     bright = (rgb > 127).view(np.uint8)
     label = table[bright @ corner]
-    label[farther(rgb, FAR)] = UNKNOWN
+    label[far_from_corners(rgb, FAR)] = UNKNOWN
     return label
 
 
-def farther(rgb: np.ndarray, distance: int) -> np.ndarray:
+def far_from_corners(rgb: np.ndarray, distance: int) -> np.ndarray:
     """Where some band is farther than `distance` from both 0 and 255, (H, W) bool."""
     middle = (rgb > distance) & (rgb < 255 - distance)
     return middle[..., 0] | middle[..., 1] | middle[..., 2]  # 8x any()
@@ -68,9 +68,9 @@ def encode_colours(label: np.ndarray, colours) -> np.ndarray:
 class LabelReader:
     """One label file, read by rows. shape (H, W); counts what it meets on the way."""
 
-    def __init__(self, path: Path, classes: Classes, coding: Coding):
-        self.path, self.classes, self.coding = path, classes, coding
-        if coding.coloured:
+    def __init__(self, path: Path, classes: Classes, encoding: LabelEncoding):
+        self.path, self.classes, self.encoding = path, classes, encoding
+        if encoding.coloured:
             self.rows = open_rows(path)
             if self.rows.shape[2] != 3:
                 raise DataError(f"{path}: has {self.rows.shape[2]} bands; a label has three")
@@ -83,13 +83,13 @@ class LabelReader:
     def read(self, top: int, bottom: int) -> np.ndarray:
         """Rows top..bottom-1 as (rows, W) uint8: 0..K-1, IGNORE, or UNKNOWN."""
         rows = self.rows[top:bottom]
-        if self.coding.coloured:
+        if self.encoding.coloured:
             label = decode_colours(rows, self.classes.colours)
             self.unknown += int((label == UNKNOWN).sum())
-            self.blurred += int(farther(rows, BLURRED).sum())
+            self.blurred += int(far_from_corners(rows, BLURRED).sum())
             return label
-        first, last = self.coding.first, self.coding.first + len(self.classes.names) - 1
-        counts = rows != self.coding.ignore
+        first, last = self.encoding.first, self.encoding.first + len(self.classes.names) - 1
+        counts = rows != self.encoding.ignore
         wrong = rows[counts & ((rows < first) | (rows > last))]
         self.values += np.bincount(wrong, minlength=256)
         return np.where(counts, rows - np.uint8(first), np.uint8(IGNORE))
@@ -97,11 +97,11 @@ class LabelReader:
     def check(self, max_unknown: float) -> None:
         """After the last row: DataError when the file is not to be believed."""
         if self.values.any():
-            first, last = self.coding.first, self.coding.first + len(self.classes.names) - 1
+            first, last = self.encoding.first, self.encoding.first + len(self.classes.names) - 1
             raise DataError(
                 f"{self.path}: has the value {self.values.nonzero()[0][0]} at {self.values.sum()} "
                 f"pixels, but the {len(self.classes.names)} classes are {first}..{last} and "
-                f"{self.coding.ignore} is ignored"
+                f"{self.encoding.ignore} is ignored"
             )
         pixels = self.shape[0] * self.shape[1]
         if self.blurred > max(MAX_BLURRED, max_unknown) * pixels:
@@ -113,11 +113,11 @@ class LabelReader:
             share = self.unknown / pixels
             raise DataError(
                 f"{self.path}: {self.unknown} pixels ({share:.2%}) have a colour of no class; "
-                f"--max-unknown {ceil(share)} would ignore them"
+                f"--max-unknown {round_up_share(share)} would ignore them"
             )
 
 
-def ceil(share: float) -> float:
+def round_up_share(share: float) -> float:
     """Up to the next thousandth, for an option that is to allow it."""
     return np.ceil(share * 1000 + 1e-9).item() / 1000
 

@@ -1,6 +1,6 @@
 """Where each publisher puts what: classes, splits, and the files of a split. Decodes nothing.
 
-    found = find("potsdam", Path("/data/potsdam"), "train")
+    found = find_split("potsdam", Path("/data/potsdam"), "train")
     for tile in found.tiles: print(tile.name, tile.image, tile.label)
 
 `root` is the folder as it was unpacked, with the archives' own sub-folders or without them: files
@@ -30,7 +30,7 @@ class Classes(NamedTuple):
     clutter: int | None = None  # the class that some protocols leave out of the mean
 
 
-class Coding(NamedTuple):
+class LabelEncoding(NamedTuple):
     """How label files say which class a pixel has."""
 
     coloured: bool  # by the classes' colours, or else by an index
@@ -48,9 +48,9 @@ class Tile(NamedTuple):
     domain: str = ""  # LoveDA: "urban" or "rural"
 
 
-class Found(NamedTuple):
+class SplitFiles(NamedTuple):
     classes: Classes
-    coding: Coding
+    encoding: LabelEncoding
     bands: str  # of the images: "rgb", "irrg", "rgbir"; "" where only the files tell
     tiles: list[Tile]
     faults: list[str]
@@ -134,7 +134,7 @@ LABEL_FOLDER = re.compile(r"gts|ground_?truth|labels?(?!ing)|masks?", re.IGNOREC
 # --- Finding ------------------------------------------------------------------------------------
 
 
-def find(data: str, root: Path, split: str, tiles=(), bands: str | None = None) -> Found:
+def find_split(data: str, root: Path, split: str, tiles=(), bands: str | None = None) -> SplitFiles:
     """The files of one split. `tiles` names the scenes to take instead of the split's; `bands` is
     one of BANDS, or None for the first of them that is there.
 
@@ -148,11 +148,11 @@ def find(data: str, root: Path, split: str, tiles=(), bands: str | None = None) 
     return {"loveda": find_loveda, "folder": find_folder}[data](root, split, tiles)
 
 
-def find_isprs(data: str, root: Path, split: str, tiles: tuple[str, ...], bands) -> Found:
+def find_isprs(data: str, root: Path, split: str, tiles: tuple[str, ...], bands) -> SplitFiles:
     """Tiles by the pattern of their base name, wherever in `root` they are."""
     isprs = ISPRS[data]
     files = defaultdict(list)  # (tile, kind) -> paths
-    for path in below(root, "*.[tT][iI][fF]*"):
+    for path in files_below(root, "*.[tT][iI][fF]*"):
         if match := isprs.pattern.fullmatch(path.name):
             kind = match.groupdict().get("kind", "").lower()
             if match["eroded"]:
@@ -162,7 +162,7 @@ def find_isprs(data: str, root: Path, split: str, tiles: tuple[str, ...], bands)
             files[match["tile"], kind].append(path)
     kinds = [name for name in BANDS if any(kind == name for _, kind in files)]
     if not kinds:
-        raise DataError(f"{root}: holds no {isprs.example}{zipped(root)}")
+        raise DataError(f"{root}: holds no {isprs.example}{archives_hint(root)}")
     bands = bands or kinds[0]
     if bands not in kinds:
         raise DataError(f"{root}: has no {bands} images, only {', '.join(kinds)} (--bands)")
@@ -170,38 +170,44 @@ def find_isprs(data: str, root: Path, split: str, tiles: tuple[str, ...], bands)
     found = [tile for tile in wanted if (tile, bands) in files]
     missing = [tile for tile in wanted if (tile, bands) not in files]
     if tiles and missing:
-        raise DataError(f"{root}: no {bands} image of tile {', '.join(missing)}{zipped(root)}")
+        raise DataError(
+            f"{root}: no {bands} image of tile {', '.join(missing)}{archives_hint(root)}"
+        )
     if not found:
         raise DataError(
-            f"{root}: none of the {split} tiles is here ({', '.join(missing)}){zipped(root)}"
+            f"{root}: none of the {split} tiles is here ({', '.join(missing)}){archives_hint(root)}"
         )
     faults, gaps, notes, result = [], [], [], []
     if missing:
+        names = ", ".join(missing)
         gaps.append(
-            f"{len(missing)} of the {split} tiles are not there: {', '.join(missing)}{zipped(root)}"
+            f"{len(missing)} of the {split} tiles are not there: {names}{archives_hint(root)}"
         )
     if split != "test" and (seen := set(tiles) & set(isprs.splits["test"].split())):
         notes.append(f"{', '.join(sorted(seen))}: of the official test set, used for {split}")
     labelled = any((tile, kind) in files for tile in found for kind in ("label", "eroded"))
     for tile in found:
         image, label, eroded = (
-            one_of(files.get((tile, kind)), tile, faults) for kind in (bands, "label", "eroded")
+            choose_copy(files.get((tile, kind)), tile, faults)
+            for kind in (bands, "label", "eroded")
         )
         if label is None and eroded is None and (labelled or split != "test"):
-            faults.append(f"{image}: there is no label of tile {tile} in {root}{zipped(root)}")
+            faults.append(
+                f"{image}: there is no label of tile {tile} in {root}{archives_hint(root)}"
+            )
         elif label is None and eroded is not None:
             notes.append(f"tile {tile}: only the label with eroded boundaries is there, using it")
         result.append(Tile(tile, image, label or eroded, eroded))
-    return Found(POTSDAM, Coding(coloured=True), bands, result, faults, gaps, notes)
+    return SplitFiles(POTSDAM, LabelEncoding(coloured=True), bands, result, faults, gaps, notes)
 
 
-def below(root: Path, pattern: str) -> list[Path]:
+def files_below(root: Path, pattern: str) -> list[Path]:
     """Matches at any depth; links to folders are followed where they lie in `root` itself."""
     links = [path for path in root.iterdir() if path.is_symlink() and path.is_dir()]
     return sorted({match for folder in (root, *links) for match in folder.rglob(pattern)})
 
 
-def one_of(paths: list[Path] | None, tile: str, faults: list[str]) -> Path | None:
+def choose_copy(paths: list[Path] | None, tile: str, faults: list[str]) -> Path | None:
     """The file, where copies of it may lie in several folders; one of another size is a fault.
 
     Potsdam's labels come twice, in 5_Labels_all and 5_Labels_for_participants: the former first.
@@ -217,27 +223,27 @@ def one_of(paths: list[Path] | None, tile: str, faults: list[str]) -> Path | Non
     return paths[0]
 
 
-def zipped(root: Path) -> str:
+def archives_hint(root: Path) -> str:
     """A hint for messages on missing files: archives that may still hold them."""
-    archives = sorted(path.name for path in below(root, "*.zip"))
+    archives = sorted(path.name for path in files_below(root, "*.zip"))
     return f" (perhaps still packed in {', '.join(archives)})" if archives else ""
 
 
-def find_loveda(root: Path, split: str, tiles: tuple[str, ...]) -> Found:
+def find_loveda(root: Path, split: str, tiles: tuple[str, ...]) -> SplitFiles:
     """{Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}/N.png, at any depth."""
     folders = [
         folder
-        for folder in below(root, "images_png")
+        for folder in files_below(root, "images_png")
         if folder.absolute().parent.parent.name.lower() == split
     ]
     paths = [p for f in folders for p in sorted(f.glob("*.png"), key=lambda p: (len(p.stem), p))]
     if not paths:
         raise DataError(
             f"{root}: holds no Urban/images_png/N.png or Rural/images_png/N.png in a folder "
-            f"{split.capitalize()}{zipped(root)}"
+            f"{split.capitalize()}{archives_hint(root)}"
         )
     faults, gaps, result = [], [], []
-    for path in select(paths, tiles, root):
+    for path in select_tiles(paths, tiles, root):
         mask = path.parent.parent / "masks_png" / path.name
         if split != "test" and not mask.exists():
             faults.append(f"{path}: has no mask (looked for it in {mask})")
@@ -245,34 +251,35 @@ def find_loveda(root: Path, split: str, tiles: tuple[str, ...]) -> Found:
         label = mask if mask.exists() else None
         result.append(Tile(f"{domain}_{path.stem}", path, label, None, domain.lower()))
     if not tiles and len(paths) != LOVEDA_IMAGES[split]:
-        gaps.append(
-            f"{len(paths)} of the {LOVEDA_IMAGES[split]} {split} images are there{zipped(root)}"
-        )
+        count = f"{len(paths)} of the {LOVEDA_IMAGES[split]} {split} images are there"
+        gaps.append(count + archives_hint(root))
     for folder in folders:
         masks = {path.name for path in folder.parent.glob("masks_png/*.png")}
-        gaps += unpaired(folder, masks, {path.name for path in folder.glob("*.png")})
-    return Found(LOVEDA, Coding(False, first=1, ignore=0), "rgb", result, faults, gaps, [])
+        gaps += masks_without_image(folder, masks, {path.name for path in folder.glob("*.png")})
+    return SplitFiles(
+        LOVEDA, LabelEncoding(False, first=1, ignore=0), "rgb", result, faults, gaps, []
+    )
 
 
-def find_folder(root: Path, split: str, tiles: tuple[str, ...]) -> Found:
+def find_folder(root: Path, split: str, tiles: tuple[str, ...]) -> SplitFiles:
     """Anyone's own data, in the layout that data.py describes."""
     classes, ignore = read_classes(root / "classes.json")
     folder = root / split / "images"
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder (the layout is SPLIT/images and SPLIT/masks)")
     faults, result = [], []
-    masks, images = by_stem(root / split / "masks", faults), by_stem(folder, faults)
+    masks, images = images_by_stem(root / split / "masks", faults), images_by_stem(folder, faults)
     if not images:
         raise DataError(f"{folder}: holds no .png, .jpg or .tif image")
-    for path in select([*images.values()], tiles, folder):
+    for path in select_tiles([*images.values()], tiles, folder):
         if path.stem not in masks:
             faults.append(f"{path}: has no mask (looked for it in {root / split / 'masks'})")
         result.append(Tile(path.stem, path, masks.get(path.stem)))
-    gaps = unpaired(folder, set(masks), set(images))
-    return Found(classes, Coding(False, ignore=ignore), "", result, faults, gaps, [])
+    gaps = masks_without_image(folder, set(masks), set(images))
+    return SplitFiles(classes, LabelEncoding(False, ignore=ignore), "", result, faults, gaps, [])
 
 
-def by_stem(folder: Path, faults: list[str]) -> dict[str, Path]:
+def images_by_stem(folder: Path, faults: list[str]) -> dict[str, Path]:
     """The images in a folder by name without ending, which pairs an image with its mask."""
     files = {}
     for path in sorted(folder.glob("[!.]*")):
@@ -284,13 +291,13 @@ def by_stem(folder: Path, faults: list[str]) -> dict[str, Path]:
     return files
 
 
-def unpaired(folder: Path, masks: set[str], images: set[str]) -> list[str]:
+def masks_without_image(folder: Path, masks: set[str], images: set[str]) -> list[str]:
     if alone := sorted(masks - images):
         return [f"{folder}: {len(alone)} masks have no image here ({', '.join(alone[:5])})"]
     return []
 
 
-def select(paths: list[Path], tiles: tuple[str, ...], where: Path) -> list[Path]:
+def select_tiles(paths: list[Path], tiles: tuple[str, ...], where: Path) -> list[Path]:
     """The paths whose stem is in `tiles`; all when there are no tiles."""
     if unknown := set(tiles) - {path.stem for path in paths}:
         raise DataError(f"{where}: no image named {', '.join(sorted(unknown))}")

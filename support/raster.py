@@ -37,7 +37,7 @@ class DataError(ValueError):
 
 
 @contextmanager
-def faults_of(path: Path):
+def data_errors(path: Path):
     """What goes wrong while reading `path` becomes a DataError that names it."""
     try:
         with warnings.catch_warnings():
@@ -96,7 +96,7 @@ Tags = dict[int, tuple[int, tuple | bytes]]  # number: (type, values)
 
 def header(path: Path) -> Header:
     """What `path` says about its pixels; DataError when it is no image or cannot be parsed."""
-    with faults_of(path), open(path, "rb") as file:
+    with data_errors(path), open(path, "rb") as file:
         start = file.read(26)
         if start[:4] in (b"II*\0", b"MM\0*", b"II+\0"):
             return tiff_header(read_tags(path), big=start[2] == 43)
@@ -113,12 +113,12 @@ def header(path: Path) -> Header:
 
 def read_tags(path: Path) -> Tags:
     """The first directory of a TIFF; DataError where there is a second picture besides it."""
-    with faults_of(path), open(path, "rb") as file:
+    with data_errors(path), open(path, "rb") as file:
         start = file.read(16)
         directory = ImageFileDirectory_v2(start if start[2] == 43 else start[:8])
         file.seek(directory.next)
         directory.load(file)
-        tags = {tag: (directory.tagtype[tag], plain(directory[tag])) for tag in directory}
+        tags = {tag: (directory.tagtype[tag], as_tuple(directory[tag])) for tag in directory}
         for needed in (WIDTH, HEIGHT):
             if needed not in tags:
                 raise DataError(f"{path}: is damaged (there is no tag {needed})")
@@ -130,21 +130,21 @@ def read_tags(path: Path) -> Tags:
     return tags
 
 
-def plain(value) -> tuple | bytes:
+def as_tuple(value) -> tuple | bytes:
     """A tag's value from Pillow as bytes or as a tuple of numbers."""
     if isinstance(value, str):
         return value.encode("latin-1") + b"\0"
     return value if isinstance(value, bytes | tuple) else (value,)
 
 
-def first(tags: Tags, tag: int, default: int) -> int:
+def first_value(tags: Tags, tag: int, default: int) -> int:
     return tags[tag][1][0] if tag in tags else default
 
 
 def tiff_header(tags: Tags, big: bool) -> Header:
-    bands, photometric = first(tags, BANDS, 1), first(tags, PHOTOMETRIC, 1)
-    compression = first(tags, COMPRESSION, 1)
-    planar = bands > 1 and first(tags, PLANAR, 1) == 2
+    bands, photometric = first_value(tags, BANDS, 1), first_value(tags, PHOTOMETRIC, 1)
+    compression = first_value(tags, COMPRESSION, 1)
+    planar = bands > 1 and first_value(tags, PLANAR, 1) == 2
     extra = tags[EXTRA_BANDS][1] if EXTRA_BANDS in tags else ()
     mode = PHOTOMETRICS.get(photometric, {1: "L", 2: "LX", 3: "RGB", 4: "RGBX"}.get(bands, ""))
     if photometric == 0:
@@ -158,8 +158,8 @@ def tiff_header(tags: Tags, big: bool) -> Header:
     formats = {*tags[SAMPLE_FORMAT][1]} if SAMPLE_FORMAT in tags else {1}
     return Header(
         "TIFF",
-        first(tags, WIDTH, 0),
-        first(tags, HEIGHT, 0),
+        first_value(tags, WIDTH, 0),
+        first_value(tags, HEIGHT, 0),
         bands,
         max(tags[BITS][1]) if BITS in tags else 1,
         mode,
@@ -168,7 +168,7 @@ def tiff_header(tags: Tags, big: bool) -> Header:
         planar,
         TILE_WIDTH in tags,
         big,
-        first(tags, ORIENTATION, 1),
+        first_value(tags, ORIENTATION, 1),
     )
 
 
@@ -198,7 +198,7 @@ class WholeRows(Rows):
         self.shape = (header.height, header.width, header.bands)
 
     def read(self, top: int, bottom: int) -> np.ndarray:
-        with faults_of(self.path):
+        with data_errors(self.path):
             if self.image is None:
                 with open(self.path, "rb") as file:
                     image = Image.open(file, formats=("PNG", "JPEG"))
@@ -214,30 +214,36 @@ class TiffRows(Rows):
     def __init__(self, path: Path, header: Header):
         self.path, self.header, self.tags = path, header, read_tags(path)
         H, W, C = self.shape = (header.height, header.width, header.bands)
-        if header.compression.startswith("number") or first(self.tags, FILL_ORDER, 1) != 1:
+        if header.compression.startswith("number") or first_value(self.tags, FILL_ORDER, 1) != 1:
             raise DataError(
                 f"{path}: has compression {header.compression}, fill order "
-                f"{first(self.tags, FILL_ORDER, 1)}; save it with LZW or deflate"
+                f"{first_value(self.tags, FILL_ORDER, 1)}; save it with LZW or deflate"
             )
         if header.tiled:
-            self.chunk, across = first(self.tags, TILE_HEIGHT, 0), first(self.tags, TILE_WIDTH, 0)
+            self.chunk_height, across = (
+                first_value(self.tags, TILE_HEIGHT, 0),
+                first_value(self.tags, TILE_WIDTH, 0),
+            )
             offsets, sizes = TILE_OFFSETS, TILE_BYTES
         else:
-            self.chunk, across = min(first(self.tags, ROWS_PER_STRIP, H), H), W
+            self.chunk_height, across = min(first_value(self.tags, ROWS_PER_STRIP, H), H), W
             offsets, sizes = STRIP_OFFSETS, STRIP_BYTES
-        if min(H, W, self.chunk, across) < 1 or not {offsets, sizes} <= set(self.tags):
+        if min(H, W, self.chunk_height, across) < 1 or not {offsets, sizes} <= set(self.tags):
             raise DataError(f"{path}: is damaged (it does not say where its pixels are)")
         self.offsets, self.sizes = self.tags[offsets][1], self.tags[sizes][1]
         self.planes, self.bands = (C, 1) if header.planar else (1, C)  # bands in each plane
-        self.down, self.across = -(-H // self.chunk), -(-W // across)  # chunks in each plane
-        self.direct = header.compression == "none" and not header.tiled
-        self.kept: dict[int, np.ndarray] = {}  # row of chunks: its pixels, of the last read
-        self.check_places()
+        self.chunk_rows, self.chunk_columns = (
+            -(-H // self.chunk_height),
+            -(-W // across),
+        )  # chunks in each plane
+        self.uncompressed_strips = header.compression == "none" and not header.tiled
+        self.recent: dict[int, np.ndarray] = {}  # row of chunks: its pixels, of the last read
+        self.check_chunks()
 
-    def check_places(self) -> None:
+    def check_chunks(self) -> None:
         """DataError unless every strip or tile is there, whole, and inside the file."""
         H, W, path = *self.shape[:2], self.path
-        expected = self.planes * self.down * self.across
+        expected = self.planes * self.chunk_rows * self.chunk_columns
         if not len(self.offsets) == len(self.sizes) == expected:
             found = min(len(self.offsets), len(self.sizes))
             raise DataError(f"{path}: is damaged ({found} strips or tiles, {expected} expected)")
@@ -246,30 +252,30 @@ class TiffRows(Rows):
             raise DataError(f"{path}: is truncated ({end - length:,} bytes are missing)")
         if 0 in self.sizes:
             raise DataError(f"{path}: has strips or tiles that were never written")
-        if self.direct:
+        if self.uncompressed_strips:
             for number, size in enumerate(self.sizes):
-                rows = min(self.chunk, H - number % self.down * self.chunk)
+                rows = min(self.chunk_height, H - number % self.chunk_rows * self.chunk_height)
                 if size < rows * W * self.bands:
                     raise DataError(f"{path}: is damaged (strip {number} is too short)")
 
     def read(self, top: int, bottom: int) -> np.ndarray:
-        with faults_of(self.path), open(self.path, "rb") as file:
-            if self.direct:
-                return self.uncompressed(file, top, bottom)
-            wanted = range(top // self.chunk, -(-bottom // self.chunk))
-            if missing := [i for i in wanted if i not in self.kept]:
+        with data_errors(self.path), open(self.path, "rb") as file:
+            if self.uncompressed_strips:
+                return self.read_uncompressed(file, top, bottom)
+            wanted = range(top // self.chunk_height, -(-bottom // self.chunk_height))
+            if missing := [i for i in wanted if i not in self.recent]:
                 decoded = self.decode(file, missing[0], missing[-1] + 1)
                 for i in range(missing[0], missing[-1] + 1):
-                    begin = (i - missing[0]) * self.chunk
-                    self.kept[i] = decoded[begin : begin + self.chunk]
-            self.kept = {i: self.kept[i] for i in wanted}
+                    begin = (i - missing[0]) * self.chunk_height
+                    self.recent[i] = decoded[begin : begin + self.chunk_height]
+            self.recent = {i: self.recent[i] for i in wanted}
             parts = [
-                rows[max(0, top - i * self.chunk) : bottom - i * self.chunk]
-                for i, rows in self.kept.items()
+                rows[max(0, top - i * self.chunk_height) : bottom - i * self.chunk_height]
+                for i, rows in self.recent.items()
             ]
             return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), np.uint8)
 
-    def uncompressed(self, file, top: int, bottom: int) -> np.ndarray:
+    def read_uncompressed(self, file, top: int, bottom: int) -> np.ndarray:
         """The bytes of these rows, from wherever each strip lies."""
         H, W, C = self.shape
         line = W * self.bands
@@ -277,27 +283,27 @@ class TiffRows(Rows):
         for plane, rows in enumerate(planes):
             row = top
             while row < bottom:
-                strip, skip = divmod(row, self.chunk)
-                stop = min(bottom, (strip + 1) * self.chunk)
-                number = plane * self.down + strip
+                strip, skip = divmod(row, self.chunk_height)
+                stop = min(bottom, (strip + 1) * self.chunk_height)
+                number = plane * self.chunk_rows + strip
                 data = self.fetch(file, self.offsets[number] + skip * line, (stop - row) * line)
                 rows[row - top : stop - top] = np.frombuffer(data, np.uint8).reshape(-1, line)
                 row = stop
-        return merge(planes.reshape(self.planes, bottom - top, W, self.bands))
+        return join_planes(planes.reshape(self.planes, bottom - top, W, self.bands))
 
     def decode(self, file, begin: int, end: int) -> np.ndarray:
         """Rows begin..end-1 of strips or tiles, (rows, W, C): wrapped in a TIFF of their own."""
-        rows = min(self.shape[0], end * self.chunk) - begin * self.chunk
+        rows = min(self.shape[0], end * self.chunk_height) - begin * self.chunk_height
         planes = []
         for plane in range(self.planes):
-            row = plane * self.down
+            row = plane * self.chunk_rows
             chunks = []
-            for i in range((row + begin) * self.across, (row + end) * self.across):
+            for i in range((row + begin) * self.chunk_columns, (row + end) * self.chunk_columns):
                 chunks.append(self.fetch(file, self.offsets[i], self.sizes[i]))
-            with Image.open(BytesIO(self.wrapped(rows, chunks)), formats=("TIFF",)) as image:
+            with Image.open(BytesIO(self.wrap_as_tiff(rows, chunks)), formats=("TIFF",)) as image:
                 image.load()
                 planes.append(np.asarray(image).reshape(rows, self.shape[1], self.bands))
-        return merge(planes)
+        return join_planes(planes)
 
     def fetch(self, file, offset: int, size: int) -> bytes:
         file.seek(offset)
@@ -306,7 +312,7 @@ class TiffRows(Rows):
             raise DataError(f"{self.path}: was cut off while it was being read")
         return data
 
-    def wrapped(self, rows: int, chunks: list[bytes]) -> bytes:
+    def wrap_as_tiff(self, rows: int, chunks: list[bytes]) -> bytes:
         """A whole TIFF file of `rows` rows that consists of these strips or tiles."""
         offsets, position = [], 8
         for chunk in chunks:
@@ -315,7 +321,7 @@ class TiffRows(Rows):
         copied = (COMPRESSION, PREDICTOR, JPEG_TABLES, SUBSAMPLING, TILE_WIDTH, TILE_HEIGHT)
         tags = {tag: self.tags[tag] for tag in copied if tag in self.tags}
         colours = 1 if self.bands == 1 else 2
-        if first(self.tags, PHOTOMETRIC, 1) == 6:
+        if first_value(self.tags, PHOTOMETRIC, 1) == 6:
             colours = 6
         places = (TILE_OFFSETS, TILE_BYTES) if self.header.tiled else (STRIP_OFFSETS, STRIP_BYTES)
         tags |= {
@@ -328,22 +334,22 @@ class TiffRows(Rows):
             places[1]: (4, tuple(map(len, chunks))),
         }
         if not self.header.tiled:
-            tags[ROWS_PER_STRIP] = (4, (self.chunk,))
+            tags[ROWS_PER_STRIP] = (4, (self.chunk_height,))
         if self.bands == 4:
             tags[EXTRA_BANDS] = (3, (2,))  # Pillow drops a fourth band unless it is transparency
         padding = b"\0" * (position % 2)
         body = b"".join([*chunks, padding])
-        return tiff_start(8 + len(body)) + body + directory(tags, 8 + len(body))
+        return tiff_file_header(8 + len(body)) + body + tiff_directory(tags, 8 + len(body))
 
 
 SIZES = {1: ("B", 1), 2: ("s", 1), 3: ("H", 2), 4: ("I", 4), 7: ("s", 1), 12: ("d", 8)}
 
 
-def tiff_start(directory_offset: int) -> bytes:
+def tiff_file_header(directory_offset: int) -> bytes:
     return struct.pack("<2sHI", b"II", 42, directory_offset)
 
 
-def directory(tags: Tags, offset: int) -> bytes:
+def tiff_directory(tags: Tags, offset: int) -> bytes:
     """A TIFF directory that will lie at `offset`, with the values that do not fit into it."""
     table, values = [], b""
     after = offset + 2 + 12 * len(tags) + 4
@@ -358,12 +364,12 @@ def directory(tags: Tags, offset: int) -> bytes:
     return struct.pack("<H", len(tags)) + b"".join(table) + bytes(4) + values
 
 
-def merge(planes) -> np.ndarray:
+def join_planes(planes) -> np.ndarray:
     """Planes (rows, W, bands) side by side along the bands."""
     return planes[0] if len(planes) == 1 else np.concatenate(planes, axis=-1)
 
 
-def rows_of(path: Path) -> tuple[Header, Rows]:
+def open_8bit_rows(path: Path) -> tuple[Header, Rows]:
     """The rows of any image whose values can be read as they are stored; else DataError."""
     found = header(path)
     palette_png = found.format == "PNG" and found.mode == "P"  # fewer bits are the same indices
@@ -387,7 +393,7 @@ def open_rows(path: Path) -> Rows:
     Raises DataError for anything that has no such rows: other bands, bits or values, transparency,
     a damaged or a truncated file (a PNG or JPEG shows that only at the first read).
     """
-    found, rows = rows_of(path)
+    found, rows = open_8bit_rows(path)
     if found.mode == "RGBA":
         hint = " (if it is infrared: gdal_translate -co ALPHA=NO)" if found.format == "TIFF" else ""
         raise DataError(f"{path}: is RGBA, not RGB; remove the transparency first{hint}")
@@ -406,7 +412,7 @@ def read_image(path: Path) -> np.ndarray:
 
 def read_indices(path: Path) -> np.ndarray:
     """One band whose values are class indices (grey or palette), (H, W) uint8."""
-    found, rows = rows_of(path)
+    found, rows = open_8bit_rows(path)
     if found.mode not in ("L", "P"):
         raise DataError(f"{path}: is {found.mode}; a mask has one band, its values class indices")
     return rows.read(0, rows.shape[0])[..., 0]

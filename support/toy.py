@@ -18,10 +18,14 @@ angles in radians, x points right and y down, colours are 0..255 before the ligh
 
 from itertools import product
 from math import cos, pi, sin
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
+
+from support.labels import encode_colours
+from support.layouts import POTSDAM, POTSDAM_TILES, SPLITS
 
 IMPERVIOUS, BUILDING, LOW, TREE, CAR, CLUTTER = range(6)  # Potsdam's order
 
@@ -408,3 +412,23 @@ def scene(seed: int, size: int = 384) -> tuple[np.ndarray, np.ndarray]:
     for step in (paint_roads, settle, park_cars, plant):
         step(c, roads)
     return photograph(c), c.label
+
+
+# --- The data set -------------------------------------------------------------------------------
+
+# Scene seeds of each split: far apart, so that no split can grow into another.
+SPLIT_SEEDS = {"train": range(0, 24), "val": range(1000, 1006), "test": range(2000, 2012)}
+
+
+def write_files(root: Path, scenes_per_split: int = 3) -> None:
+    """Toy scenes as files in the layout of ISPRS Potsdam, under names of its own splits."""
+    images, labels = root / "2_Ortho_RGB", root / "5_Labels_all"
+    images.mkdir(parents=True, exist_ok=True)
+    labels.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        tiles = POTSDAM_TILES[split].split()[:scenes_per_split]
+        for tile, seed in zip(tiles, SPLIT_SEEDS[split], strict=False):
+            image, label = scene(seed)
+            colours = encode_colours(label, POTSDAM.colours)
+            Image.fromarray(image).save(images / f"top_potsdam_{tile}_RGB.tif")
+            Image.fromarray(colours).save(labels / f"top_potsdam_{tile}_label.tif")

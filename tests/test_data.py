@@ -11,27 +11,28 @@ import pytest
 from PIL import Image
 
 import data
-import toy
-import train
-from cache import Map
-from data import IGNORE, POTSDAM, DataError, load
-from windows import Windows
+from data import Windows, load
+from support import toy
+from support.cache import MappedArray
+from support.labels import encode_colours
+from support.layouts import IGNORE, POTSDAM, POTSDAM_TILES, SPLITS
+from support.raster import DataError
 
 # --- From files ---------------------------------------------------------------------------------
 
 
 def test_toy_on_disk_is_toy_in_memory(tmp_path):
-    data.write_toy(tmp_path, scenes_per_split=1)
-    for split in data.SPLITS:
+    toy.write_files(tmp_path, scenes_per_split=1)
+    for split in SPLITS:
         (scene,) = load("potsdam", tmp_path, split).scenes
-        image, label = toy.scene(data.TOY_SCENES[split][0])
+        image, label = toy.scene(toy.SPLIT_SEEDS[split][0])
         assert np.array_equal(scene.image, image) and np.array_equal(scene.label, label)
-        assert scene.name == data.POTSDAM_TILES[split].split()[0]
+        assert scene.name == POTSDAM_TILES[split].split()[0]
         assert scene.path.name == f"top_potsdam_{scene.name}_RGB.tif" and scene.eroded is None
 
 
 def test_no_toy_scene_is_in_two_splits():
-    seeds = [seed for split in data.SPLITS for seed in data.TOY_SCENES[split]]
+    seeds = [seed for split in SPLITS for seed in toy.SPLIT_SEEDS[split]]
     assert len(seeds) == len(set(seeds))
 
 
@@ -151,7 +152,7 @@ def test_maps_and_arrays_are_the_same(tmp_path, write_isprs, write_folder, kind)
     arrays, maps = (load(kind, root, cache=c) for c in (None, tmp_path / "cache"))
     for array, map_ in zip(arrays.scenes, maps.scenes, strict=True):
         assert type(array.image) is type(array.label) is np.ndarray
-        assert type(map_.image) is type(map_.label) is Map
+        assert type(map_.image) is type(map_.label) is MappedArray
         for field in ("image", "label", "cells"):
             assert np.array_equal(getattr(array, field), getattr(map_, field))
         assert array.path == map_.path and array.name == map_.name
@@ -222,7 +223,7 @@ def test_a_refused_label_leaves_nothing(tmp_path, write_folder):
 def test_decoding_takes_the_memory_of_a_band(tmp_path, write_tiff):
     """Image and label of 3000 rows are 5.8 and 1.9 MB decoded; a band is 256 rows of them."""
     image = np.random.default_rng(0).integers(0, 256, (3000, 640, 3), np.uint8)
-    label = data.encode_colours(image[..., 0] // 64, POTSDAM.colours)
+    label = encode_colours(image[..., 0] // 64, POTSDAM.colours)
     write_tiff(tmp_path / "top_potsdam_2_10_RGB.tif", image, rows=64, deflate=True)
     write_tiff(tmp_path / "top_potsdam_2_10_label.tif", label, rows=64, deflate=True)
     tracemalloc.start()
@@ -296,23 +297,16 @@ FOLDER_FAULTS = {
 }
 
 
-@pytest.fixture
-def refused(tmp_path, program):
-    """refused(data, root, sentence): training on it ends with that one sentence and exit code 2."""
-
-    def check(data, root, sentence):
-        arguments = ("--data", data, "--root", root, "--out", tmp_path / "run", "--device", "cpu")
-        code, error = program(train.main, (DataError,), *arguments)
-        assert code == 2 and re.search(sentence, error), error
-        assert error.count("\n") == 1 and "Traceback" not in error
-
-    return check
+def assert_refused(sentence, *arguments, **options):
+    with pytest.raises(DataError) as error:
+        load(*arguments, **options)
+    assert re.search(sentence, str(error.value)) and "\n" not in str(error.value), error.value
 
 
 @pytest.mark.parametrize("how", FOLDER_FAULTS)
-def test_folder_faults_are_named(tmp_path, write_folder, refused, how):
+def test_folder_faults_are_named(tmp_path, write_folder, how):
     break_folder(write_folder(tmp_path / "data"), how)
-    refused("folder", tmp_path / "data", FOLDER_FAULTS[how])
+    assert_refused(FOLDER_FAULTS[how], "folder", tmp_path / "data")
 
 
 def break_potsdam(root, how, write_tiff):
@@ -356,12 +350,12 @@ POTSDAM_FAULTS = {
 
 
 @pytest.mark.parametrize("how", POTSDAM_FAULTS)
-def test_potsdam_faults_are_named(tmp_path, write_isprs, write_tiff, refused, how):
+def test_potsdam_faults_are_named(tmp_path, write_isprs, write_tiff, how):
     """Although the tile was all right before, and is in the cache."""
     root = write_isprs(tmp_path / "data", splits=["train"])
-    load("potsdam", root, cache=tmp_path / "run/cache")
+    load("potsdam", root, cache=tmp_path / "cache")
     break_potsdam(root, how, write_tiff)
-    refused("potsdam", root, POTSDAM_FAULTS[how])
+    assert_refused(POTSDAM_FAULTS[how], "potsdam", root, cache=tmp_path / "cache")
 
 
 def test_several_faults_are_counted(tmp_path, write_folder):

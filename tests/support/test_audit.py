@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 import data
-from support import audit, toy
+from support import audit, cli, toy
 from support.labels import decode_colours, encode_colours
 from support.layouts import POTSDAM, POTSDAM_TILES
-from support.raster import DataError
+from support.raster import DataError, open_rows
 
 RGB, LABEL = "RGB/top_potsdam_2_10_RGB.tif", "5_Labels_all/top_potsdam_2_10_label.tif"
 
@@ -22,7 +22,7 @@ def run(capsys):
     def call(*arguments):
         with pytest.raises(SystemExit) as ended, pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", ["data.py", "audit", *map(str, arguments)])
-            data.cli.run(data.main, DataError)
+            cli.run(data.main, DataError)
         printed = capsys.readouterr()
         assert "Traceback" not in printed.err
         return ended.value.code or 0, printed.out
@@ -177,7 +177,7 @@ def test_infrared_first_or_third(run, tmp_path, write_isprs, write_tiff, swapped
     write_isprs(tmp_path, kinds=("IRRG",))
     path = tmp_path / "IRRG/top_potsdam_2_10_IRRG.tif"
     if swapped:
-        write_tiff(path, data.open_rows(path).read(0, 128)[..., ::-1])
+        write_tiff(path, open_rows(path).read(0, 128)[..., ::-1])
     code, out = run("potsdam", "--root", tmp_path, *ONE)
     assert (code == 1) is swapped and ("look swapped" in out) is swapped
 
@@ -209,7 +209,7 @@ def test_swapping_back_is_what_swapping_was():
 
 @pytest.fixture
 def loveda(tmp_path, monkeypatch):
-    monkeypatch.setattr("layouts.LOVEDA_IMAGES", {"train": 1, "val": 1, "test": 1})
+    monkeypatch.setattr("support.layouts.LOVEDA_IMAGES", {"train": 1, "val": 1, "test": 1})
     rng = np.random.default_rng(0)
     for split in ("Train", "Val", "Test"):
         for kind in ("images_png", "masks_png"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from support import cache
-from support.cache import Cache, Map
+from support.cache import Cache, MappedArray
 from support.raster import DataError
 
 
@@ -28,7 +28,7 @@ def array(rows=60, value=None):
 
 def keep(folder, name="a", pixels=None):
     pixels = array() if pixels is None else pixels
-    return Cache(folder).keep(name, pixels.shape, pixels.dtype, [pixels[:20], pixels[20:]])
+    return Cache(folder).store(name, pixels.shape, pixels.dtype, [pixels[:20], pixels[20:]])
 
 
 def test_a_map_is_the_array(tmp_path):
@@ -99,7 +99,7 @@ def test_an_interrupted_decode_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Cache(tmp_path).keep("a", (60, 40, 3), np.uint8, blocks())
+        Cache(tmp_path).store("a", (60, 40, 3), np.uint8, blocks())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -109,7 +109,7 @@ def slow(folder, begun):
         begun.set()
         time.sleep(60)
 
-    Cache(folder).keep("a", (60, 40, 3), np.uint8, blocks())
+    Cache(folder).store("a", (60, 40, 3), np.uint8, blocks())
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
@@ -185,4 +185,4 @@ def test_a_cache_removed_while_in_use(tmp_path):
     with pytest.raises(DataError, match="a.npy: was removed while in use"):
         kept[0]
     with pytest.raises(FileNotFoundError):
-        Map(tmp_path / "a.npy")
+        MappedArray(tmp_path / "a.npy")

@@ -44,7 +44,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_kill_while_saving(tmp_path):
     """SIGKILL at five moments: the file is always readable."""
     program = (
-        "import sys, torch, checkpoint\n"
+        "import sys, torch\n"
+        "from support import checkpoint\n"
         "state = {'kind': 'ctclm-training', 'model': {'w': torch.ones(3_000_000)}}\n"
         "while True:\n"
         "    checkpoint.save(state, sys.argv[1]); print('saved', flush=True)\n"

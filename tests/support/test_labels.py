@@ -13,21 +13,21 @@ from support.labels import (
     MAX_UNKNOWN,
     UNKNOWN,
     LabelReader,
-    ceil,
     count_cells,
     decode_colours,
     encode_colours,
-    farther,
+    far_from_corners,
+    round_up_share,
 )
-from support.layouts import IGNORE, POTSDAM, Classes, Coding
+from support.layouts import IGNORE, POTSDAM, Classes, LabelEncoding
 from support.raster import DataError
 
-COLOURED = Coding(coloured=True)
+COLOURED = LabelEncoding(coloured=True)
 
 
-def read(path, classes=POTSDAM, coding=COLOURED, max_unknown=MAX_UNKNOWN):
+def read(path, classes=POTSDAM, encoding=COLOURED, max_unknown=MAX_UNKNOWN):
     """All rows, seven at a time."""
-    reader = LabelReader(path, classes, coding)
+    reader = LabelReader(path, classes, encoding)
     H = reader.shape[0]
     label = np.concatenate([reader.read(top, min(top + 7, H)) for top in range(0, H, 7)])
     reader.check(max_unknown)
@@ -71,7 +71,7 @@ def test_colours_of_no_class():
     rgb = np.array([[(255, 0, 255), (255, 255, 255), (250, 5, 240), (255, 128, 0)]], np.uint8)
     label = decode_colours(rgb, POTSDAM.colours)
     assert label.tolist() == [[UNKNOWN, 0, UNKNOWN, UNKNOWN]]
-    assert farther(rgb, FAR).tolist() == [[False, False, False, True]]
+    assert far_from_corners(rgb, FAR).tolist() == [[False, False, False, True]]
 
 
 @pytest.mark.parametrize("options", [{"quality": 90}, {"quality": 75}, {"quality": 95}])
@@ -107,20 +107,20 @@ def test_too_many_unknown_pixels_are_an_error_unless_allowed(tmp_path):
     assert read(path, max_unknown=0.002)[1].unknown == 12
 
 
-def test_ceil_is_enough():
-    assert ceil(0.0011) == 0.002 and ceil(0.0314159) == 0.032
-    assert all(ceil(n / 7919) >= n / 7919 for n in range(7919))
+def test_the_share_is_rounded_up():
+    assert round_up_share(0.0011) == 0.002 and round_up_share(0.0314159) == 0.032
+    assert all(round_up_share(n / 7919) >= n / 7919 for n in range(7919))
 
 
 def test_indices(tmp_path):
     classes = Classes(("a", "b", "c"), ((1, 1, 1),) * 3)
     path = saved(tmp_path / "a.png", np.array([[0, 1, 2, 3]], np.uint8))
-    label, _ = read(path, classes, Coding(False, first=1, ignore=0))
+    label, _ = read(path, classes, LabelEncoding(False, first=1, ignore=0))
     assert label.tolist() == [[IGNORE, 0, 1, 2]]
     with pytest.raises(
         DataError, match="a.png: has the value 3 at 1 pixels, but the 3 classes are 0..2 and 255"
     ):
-        read(path, classes, Coding(False))
+        read(path, classes, LabelEncoding(False))
 
 
 def test_cells_count_every_pixel_once():

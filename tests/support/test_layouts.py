@@ -12,7 +12,7 @@ from support.layouts import (
     SPLITS,
     VAIHINGEN_TILES,
     distinct_colours,
-    find,
+    find_split,
 )
 from support.raster import DataError
 
@@ -74,7 +74,7 @@ def test_potsdam_is_found_in_every_layout(tmp_path, layout):
     tiles = POTSDAM_TILES["train"].split()
     potsdam(tmp_path, tiles, **layout)
     touch(tmp_path, "1_DSM/dsm_potsdam_02_10.tif", "1_DSM_normalisation/dsm_potsdam_02_10_n.jpg")
-    found = find("potsdam", tmp_path, "train")
+    found = find_split("potsdam", tmp_path, "train")
     assert [tile.name for tile in found.tiles] == tiles
     assert found.bands == layout.get("kind", "RGB").lower()
     assert not found.faults and not found.gaps
@@ -90,7 +90,7 @@ def test_full_labels_come_first_and_the_eroded_ones_beside_them(tmp_path):
     potsdam(tmp_path, ["2_10"])
     potsdam(tmp_path, ["2_10"], labels="5_Labels_all_noBoundary", ending="label_noBoundary")
     potsdam(tmp_path, ["2_10"], labels="5_Labels_for_participants")
-    (tile,) = find("potsdam", tmp_path, "train").tiles
+    (tile,) = find_split("potsdam", tmp_path, "train").tiles
     assert tile.label == tmp_path / "5_Labels_all/top_potsdam_2_10_label.tif"
     assert tile.eroded.parent.name == "5_Labels_all_noBoundary"
 
@@ -98,16 +98,16 @@ def test_full_labels_come_first_and_the_eroded_ones_beside_them(tmp_path):
 def test_bands_are_a_choice_where_there_are_several(tmp_path):
     for kind in ("IRRG", "RGBIR", "RGB"):
         potsdam(tmp_path, ["2_10"], images=kind, kind=kind)
-    assert find("potsdam", tmp_path, "train").bands == "rgb"
+    assert find_split("potsdam", tmp_path, "train").bands == "rgb"
     for bands in BANDS:
-        found = find("potsdam", tmp_path, "train", bands=bands)
+        found = find_split("potsdam", tmp_path, "train", bands=bands)
         assert found.bands == bands and found.tiles[0].image.parent.name == bands.upper()
 
 
 def test_an_archive_unpacked_in_part(tmp_path):
     potsdam(tmp_path, ["2_10", "3_10"])
     touch(tmp_path, "2_Ortho_RGB.zip")
-    found = find("potsdam", tmp_path, "train")
+    found = find_split("potsdam", tmp_path, "train")
     assert [tile.name for tile in found.tiles] == ["2_10", "3_10"] and not found.faults
     (gap,) = found.gaps
     assert gap.startswith("15 of the train tiles are not there: 2_12, 3_11,")
@@ -123,30 +123,30 @@ def test_links_to_folders_are_followed(tmp_path):
             (root / folder).symlink_to(tmp_path / "disk" / folder, target_is_directory=True)
     except OSError:
         pytest.skip("this system makes no links")
-    (tile,) = find("potsdam", root, "train").tiles
+    (tile,) = find_split("potsdam", root, "train").tiles
     assert tile.label.exists()
 
 
 def test_7_10_only_if_asked_for(tmp_path):
     potsdam(tmp_path, [*POTSDAM_TILES["train"].split(), "7_10"])
-    assert "7_10" not in [tile.name for tile in find("potsdam", tmp_path, "train").tiles]
-    (tile,) = find("potsdam", tmp_path, "train", tiles=["7_10"]).tiles
+    assert "7_10" not in [tile.name for tile in find_split("potsdam", tmp_path, "train").tiles]
+    (tile,) = find_split("potsdam", tmp_path, "train", tiles=["7_10"]).tiles
     assert tile.name == "7_10"
 
 
 def test_training_on_a_test_tile_is_said(tmp_path):
     potsdam(tmp_path, ["2_13"])
-    (note,) = find("potsdam", tmp_path, "train", tiles=["2_13"]).notes
+    (note,) = find_split("potsdam", tmp_path, "train", tiles=["2_13"]).notes
     assert note == "2_13: of the official test set, used for train"
-    assert not find("potsdam", tmp_path, "test").notes
+    assert not find_split("potsdam", tmp_path, "test").notes
 
 
 def test_a_test_set_without_labels_is_no_fault_but_a_single_gap_is(tmp_path):
     potsdam(tmp_path, ["2_13", "2_14"])
     (tmp_path / "5_Labels_all/top_potsdam_2_13_label.tif").unlink()
-    assert "no label of tile 2_13" in find("potsdam", tmp_path, "test").faults[0]
+    assert "no label of tile 2_13" in find_split("potsdam", tmp_path, "test").faults[0]
     (tmp_path / "5_Labels_all/top_potsdam_2_14_label.tif").unlink()
-    found = find("potsdam", tmp_path, "test")
+    found = find_split("potsdam", tmp_path, "test")
     assert not found.faults and [tile.label for tile in found.tiles] == [None, None]
 
 
@@ -154,9 +154,9 @@ def test_two_files_of_one_name(tmp_path):
     """Copies are fine, wherever they lie; different files are not ours to choose from."""
     potsdam(tmp_path, ["2_10"])
     potsdam(tmp_path, ["2_10"], images="copy")
-    assert not find("potsdam", tmp_path, "train").faults
+    assert not find_split("potsdam", tmp_path, "train").faults
     (tmp_path / "copy/top_potsdam_2_10_RGB.tif").write_bytes(b"other")
-    (fault,) = find("potsdam", tmp_path, "train").faults
+    (fault,) = find_split("potsdam", tmp_path, "train").faults
     assert "differ, and both claim to be tile 2_10" in fault
 
 
@@ -188,7 +188,7 @@ def test_vaihingen_is_found_in_every_layout(tmp_path, images, labels):
     eroded = "ISPRS_semantic_labeling_Vaihingen_ground_truth_eroded_COMPLETE"
     touch(tmp_path, f"{eroded}/top_mosaic_09cm_area7_noBoundary.tif")
     for split in SPLITS:
-        found = find("vaihingen", tmp_path, split)
+        found = find_split("vaihingen", tmp_path, split)
         assert [tile.name for tile in found.tiles] == VAIHINGEN_TILES[split].split()
         assert found.bands == "irrg" and not (found.faults or found.gaps or found.notes)
         for tile in found.tiles:
@@ -208,19 +208,19 @@ def test_loveda_is_found_in_every_layout(tmp_path, inside, monkeypatch):
     names = ["Rural_0", "Rural_2", "Rural_10", "Urban_1366"]
     monkeypatch.chdir(tmp_path / inside / "Train")
     for root in (tmp_path, tmp_path / inside / "Train", "."):
-        found = find("loveda", root, "train")
+        found = find_split("loveda", root, "train")
         assert [tile.name for tile in found.tiles] == names
         assert [tile.domain for tile in found.tiles] == ["rural"] * 3 + ["urban"]
         assert not found.faults and found.gaps == ["4 of the 2522 train images are there"]
-        assert (found.coding.first, found.coding.ignore) == (1, 0)
+        assert (found.encoding.first, found.encoding.ignore) == (1, 0)
 
 
 def test_loveda_pairs(tmp_path):
     touch(tmp_path, "Val/Urban/images_png/1.png", "Val/Urban/masks_png/2.png")
-    found = find("loveda", tmp_path, "val")
+    found = find_split("loveda", tmp_path, "val")
     assert "1.png: has no mask" in found.faults[0]
     assert "1 masks have no image here (2.png)" in found.gaps[1]
-    assert find("loveda", touch(tmp_path, "Test/Rural/images_png/1.png"), "test").faults == []
+    assert find_split("loveda", touch(tmp_path, "Test/Rural/images_png/1.png"), "test").faults == []
 
 
 # --- Anyone's own -------------------------------------------------------------------------------
@@ -231,13 +231,13 @@ def test_folder_pairs(tmp_path):
     names = ("images/x.tif", "images/y.JPG", "masks/y.png", "masks/z.png")
     touch(tmp_path / "train", "images/x.tfw", "masks/Thumbs.db")
     touch(tmp_path / "train", *names)
-    found = find("folder", tmp_path, "train")
-    assert [tile.name for tile in found.tiles] == ["x", "y"] and found.coding.ignore == 9
+    found = find_split("folder", tmp_path, "train")
+    assert [tile.name for tile in found.tiles] == ["x", "y"] and found.encoding.ignore == 9
     assert found.tiles[1].label == tmp_path / "train/masks/y.png"
     assert len(found.faults) == 1 and "x.tif: has no mask" in found.faults[0]
     assert len(found.gaps) == 1 and "1 masks have no image here (z)" in found.gaps[0]
     touch(tmp_path / "train", "images/y.png")
-    assert any("have one name" in fault for fault in find("folder", tmp_path, "train").faults)
+    assert any("have one name" in fault for fault in find_split("folder", tmp_path, "train").faults)
 
 
 def test_colours_stay_different():
@@ -274,5 +274,5 @@ def test_what_is_not_there_is_named(tmp_path, how):
     elif how == "no folder":
         root = root / "nowhere"
     with pytest.raises(DataError) as error:
-        find(data, root, **{"split": "train"} | options)
+        find_split(data, root, **{"split": "train"} | options)
     assert sentence in str(error.value) and "\n" not in str(error.value)

@@ -118,7 +118,7 @@ def test_only_the_strips_that_are_needed_are_decoded_and_once(
     decoded, decode = [], raster.TiffRows.decode
 
     def counting(self, file, begin, end):
-        decoded.extend(range(begin * self.chunk, end * self.chunk))
+        decoded.extend(range(begin * self.chunk_height, end * self.chunk_height))
         return decode(self, file, begin, end)
 
     monkeypatch.setattr(raster.TiffRows, "decode", counting)

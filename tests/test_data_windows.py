@@ -1,12 +1,22 @@
-"""windows.py: windows are pure, image and label stay together, rare classes are seen."""
+"""data.py: windows are pure, image and label stay together, rare classes are seen."""
 
 import numpy as np
 import pytest
 
-from data import Scene, load
-from labels import CELL, count_cells
-from layouts import IGNORE
-from windows import Windows, change_light, cut, prefetch, rare_places, rare_share, resize, start
+from data import (
+    Scene,
+    Windows,
+    default_rare_class_fraction,
+    load,
+    photometric_jitter,
+    prefetch,
+    random_crop,
+    rare_class_pixels,
+    resize,
+    window_start,
+)
+from support.labels import CELL, count_cells
+from support.layouts import IGNORE
 
 
 def random_scenes(count=2, H=90, W=120, K=4):
@@ -64,13 +74,13 @@ def test_a_scenes_margin_is_seen_nearly_as_often_as_its_middle():
     """A third as often at the very edge; a window that starts anywhere inside: 1 in 33 times."""
     rng, seen = np.random.default_rng(0), np.zeros(64)
     for _ in range(4000):
-        begin = start(64, 32, rng)
+        begin = window_start(64, 32, rng)
         seen[begin : begin + 32] += 1
     # Of the 64 centres 17 put the window at 0; pixel 32 is in every window but these. The bound is
     # four standard deviations of 4000 draws.
     assert seen[0] / 4000 == pytest.approx(17 / 64, abs=0.03)
     assert seen[32] / 4000 == pytest.approx(47 / 64, abs=0.03)
-    assert start(20, 32, rng) == 0
+    assert window_start(20, 32, rng) == 0
 
 
 def test_image_and_label_stay_together(monkeypatch):
@@ -79,7 +89,7 @@ def test_image_and_label_stay_together(monkeypatch):
     rng = np.random.default_rng(0)
     label = (rng.random((10, 12)) < 0.5).astype(np.uint8).repeat(20, 0).repeat(20, 1)
     scene = Scene("s", np.repeat(255 * label[..., None], 3, 2), label)
-    monkeypatch.setattr("windows.change_light", lambda image, rng: image)
+    monkeypatch.setattr("data.photometric_jitter", lambda image, rng: image)
     windows = Windows([scene], 64, 1)
     for step in range(40):
         image, label = windows.window(step, 0)
@@ -92,7 +102,9 @@ def test_all_eight_orientations_occur(monkeypatch):
     label = np.zeros((64, 64), np.uint8)
     label[:32, :32], label[:32, 32:], label[32:, :32] = 1, 2, 3
     scene = Scene("s", np.zeros((64, 64, 3), np.uint8), label)
-    monkeypatch.setattr("windows.cut", lambda scene, side, rng, point: (scene.image, scene.label))
+    monkeypatch.setattr(
+        "data.random_crop", lambda scene, side, rng, point: (scene.image, scene.label)
+    )
     windows = Windows([scene], 64, 1)
     corners = {tuple(windows.window(step, 0)[1][::63, ::63].ravel()) for step in range(100)}
     assert len(corners) == 8
@@ -100,7 +112,7 @@ def test_all_eight_orientations_occur(monkeypatch):
 
 def test_light_changes_values_and_not_places():
     image = np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (2, 1, 3))
-    changed = change_light(image, np.random.default_rng(0)).astype(int)
+    changed = photometric_jitter(image, np.random.default_rng(0)).astype(int)
     assert not np.array_equal(changed, image)
     assert changed.shape == image.shape
     assert (np.diff(changed[0], axis=0) >= 0).all()  # brighter stays brighter
@@ -124,7 +136,7 @@ def test_without_augmentation_a_window_is_a_turned_piece_of_its_scene():
 
 def test_small_scenes_are_padded_and_the_padding_is_ignored():
     scene = random_scenes(1, H=20, W=50)[0]
-    image, label = cut(scene, 40, np.random.default_rng(0))
+    image, label = random_crop(scene, 40, np.random.default_rng(0))
     assert image.shape == (40, 40, 3) and label.shape == (40, 40)
     assert (label[20:] == IGNORE).all() and (label[:20] != IGNORE).all()
     assert np.array_equal(image[20:], image[:20][::-1])  # mirrored
@@ -161,23 +173,25 @@ def scenes_with_cars(count=3, H=300, W=400):
 
 
 def test_only_classes_below_half_an_equal_share_are_rare():
-    (places,) = rare_places(scenes_with_cars())
+    (places,) = rare_class_pixels(scenes_with_cars())
     assert places.k == 2
-    assert rare_places(scenes_with_cars()[2:]) == []  # what does not occur cannot be drawn
+    assert rare_class_pixels(scenes_with_cars()[2:]) == []  # what does not occur cannot be drawn
 
 
 def test_rare_windows_start_by_themselves_below_a_hundredth():
-    assert rare_share(scenes_with_cars()) == 0.25
-    assert rare_share(scenes_with_cars(H=10, W=100)[:1]) == 0.0  # no car: nothing to draw around
+    assert default_rare_class_fraction(scenes_with_cars()) == 0.25
+    assert (
+        default_rare_class_fraction(scenes_with_cars(H=10, W=100)[:1]) == 0.0
+    )  # no car: nothing to draw around
     label = np.zeros((64, 64), np.uint8)
     label[:, 0] = 1  # 1.6 %
     scene = Scene("s", label, label, cells=count_cells(label, 2)[..., :2])
-    assert rare_share([scene]) == 0.0
+    assert default_rare_class_fraction([scene]) == 0.0
 
 
 def test_every_pixel_of_the_class_is_drawn_as_often():
     scenes, rng, drawn = scenes_with_cars(), np.random.default_rng(0), {}
-    (places,) = rare_places(scenes)
+    (places,) = rare_class_pixels(scenes)
     for _ in range(6000):
         scene, point = places.draw(rng, scenes)
         drawn[scene, point] = drawn.get((scene, point), 0) + 1
@@ -191,7 +205,7 @@ def test_the_drawn_pixel_lies_anywhere_in_the_window(side):
     rng, places = np.random.default_rng(0), set()
     for _ in range(3000):
         point = int(rng.integers(64))
-        begin = start(64, side, rng, point)
+        begin = window_start(64, side, rng, point)
         assert begin <= point < begin + side
         assert 0 <= begin <= max(64 - side, 0)
         places.add(point - begin)
@@ -201,8 +215,8 @@ def test_the_drawn_pixel_lies_anywhere_in_the_window(side):
 def test_rare_windows_show_cars():
     """A third of the windows asked for: at least as many show one, where hardly any did."""
 
-    def share(rare):
-        windows = Windows(scenes_with_cars(), 64, 8, rare=rare)
+    def share(fraction):
+        windows = Windows(scenes_with_cars(), 64, 8, rare_class_fraction=fraction)
         labels = np.concatenate([windows.batch(step)[1] for step in range(25)])
         return (labels == 2).any(axis=(1, 2)).mean()
 
@@ -213,11 +227,11 @@ def test_rare_windows_show_cars():
 
 def test_rare_windows_are_pure_too_and_without_them_nothing_changes():
     scenes = scenes_with_cars()
-    one, other = (Windows(scenes, 64, n, seed=3, rare=0.5) for n in (2, 4))
+    one, other = (Windows(scenes, 64, n, seed=3, rare_class_fraction=0.5) for n in (2, 4))
     for ours, theirs in zip(one.window(7, 1), other.window(7, 1), strict=True):
         assert np.array_equal(ours, theirs)
     bare = [scene._replace(cells=None) for scene in scenes]
-    plain, off = Windows(bare, 64, 2), Windows(scenes, 64, 2, rare=0.0)
+    plain, off = Windows(bare, 64, 2), Windows(scenes, 64, 2, rare_class_fraction=0.0)
     assert np.array_equal(plain.batch(5)[0], off.batch(5)[0])
 
 
@@ -225,5 +239,5 @@ def test_labels_larger_than_a_square_are_indexed_to_their_last_pixel():
     label = np.zeros((2 * CELL + 1, CELL + 5), np.uint8)
     label[-1, -1] = 1
     scene = Scene("s", label[..., None], label, cells=count_cells(label, 2)[..., :2])
-    (places,) = rare_places([scene])
+    (places,) = rare_class_pixels([scene])
     assert places.draw(np.random.default_rng(0), [scene]) == (0, (2 * CELL, CELL + 4))
