@@ -47,6 +47,7 @@ from support import audit, cli, toy
 from support.cache import Cache, MappedArray
 from support.labels import CELL, MAX_UNKNOWN, ROWS, UNKNOWN, LabelReader, count_cells
 from support.layouts import BANDS, IGNORE, POTSDAM, SPLITS, Classes, SplitFiles, Tile, find_split
+from support.progress import Progress
 from support.raster import DataError, open_rows
 
 DATA_SETS = ("toy", "potsdam", "vaihingen", "loveda", "folder")
@@ -110,7 +111,7 @@ def load(
         with_eroded=split != "train",  # eroded labels are for scores only
     )
     scenes, notes = [], files.gaps + files.notes
-    with cli.Progress(f"decoding the {split} split") as progress:
+    with Progress(f"decoding the {split} split") as progress:
         for index, tile in enumerate(files.tiles):
             scene, scene_notes = reader.scene(tile)
             scenes.append(scene)

@@ -27,9 +27,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support import cli
 from support.labels import BLURRED, MAX_UNKNOWN, ROWS, UNKNOWN, LabelReader, far_from_corners
 from support.layouts import BANDS, IGNORE, SplitFiles, Tile, find_split
+from support.progress import Progress
 from support.raster import DataError, header, open_rows
 
 # Class shares of Potsdam's 38 tiles, in the order of its classes.
@@ -82,7 +82,7 @@ def examine(
         faults += found.faults
         notes += found.notes
         (notes if split == "test" else faults).extend(found.gaps)
-        with cli.Progress(f"auditing {split}") as progress:
+        with Progress(f"auditing {split}") as progress:
             for index, tile in enumerate(found.tiles):
                 rows.append(examine_tile(split, tile, found, max_unknown))
                 progress((index + 1) / len(found.tiles))
