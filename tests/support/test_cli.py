@@ -1,6 +1,7 @@
-"""cli.py: options from a dataclass, and how a run ends."""
+"""support/cli.py: options from a dataclass, and how a program ends."""
 
 import errno
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -83,13 +84,13 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch):
         cli.run(raiser(ZeroDivisionError()), LookupError)
 
 
-def test_progress_shows_the_time_left(capsys, monkeypatch):
-    clock = iter([0.0, 30.0])
-    monkeypatch.setattr(cli.time, "perf_counter", lambda: next(clock))
-    with cli.Progress("mapping") as progress:
-        progress(0.25)  # after 30 s: 90 s left
-    assert capsys.readouterr().err == "mapping:  25%, 1:30 left\n"
-
-
-def test_duration():
-    assert [cli.duration(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
+def test_a_stop_signal_is_remembered_and_a_second_one_acts(capsys):
+    """Within the block the first asks, and the second does what it did before; outside nothing."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with cli.StopSignal() as stop:
+        assert stop.received == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert "finishing this step, then saving" in capsys.readouterr().err
+    assert {number: signal.getsignal(number) for number in handlers} == handlers

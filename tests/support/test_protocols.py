@@ -1,4 +1,4 @@
-"""scoring.py: whole scenes under every convention, worked out by hand on small ones."""
+"""support/protocols.py: whole scenes under every convention, worked out by hand on small ones."""
 
 import json
 
@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from data import Dataset, Scene
-from layouts import IGNORE, Classes
-from scoring import evaluate, padding_counts, percent, protocol_table, table
+from infer import evaluate, predict_classes
+from support.layouts import IGNORE, Classes
+from support.protocols import geoseg_padding, percent, protocol_table, table
 
 X = IGNORE
 ISPRS = Classes(("a", "b", "clutter"), ((0, 0, 0), (9, 9, 9), (5, 5, 5)), clutter=2)
@@ -132,13 +133,22 @@ def test_scores_of_each_domain():
     assert text.index("rural") < text.index("urban") and "100.0" in text
 
 
+def padding_counts(student, image, patch, **options):
+    """Pixels of each of 3 classes that `student` predicts in the padding."""
+    counts = np.zeros(3, np.int64)
+    for piece, padding in geoseg_padding(image, patch, options["window"]):
+        predicted = predict_classes(student, piece, **options)[0][padding]
+        counts += np.bincount(predicted.ravel(), minlength=3)
+    return counts
+
+
 @pytest.mark.parametrize(
     "H, W, patch", [(3, 5, 4), (130, 70, 100), (8, 9, 8), (9, 8, 8), (8, 8, 8)]
 )
 def test_the_padding_and_nothing_but_the_padding_is_counted(H, W, patch):
     """Black is seen as class 1, every pixel of the scene as class 0; windows of 32."""
     image = painted(np.zeros((H, W), int))
-    counts = padding_counts(reader, image, 3, patch, window=32, overlap=0.25)
+    counts = padding_counts(reader, image, patch, window=32, overlap=0.25)
     padded = -(-H // patch) * patch * (-(-W // patch) * patch)
     assert counts.tolist() == [0, padded - H * W, 0]
 
@@ -155,7 +165,7 @@ def test_padding_is_above_and_to_the_left():
         return 50 * logits
 
     # 5 x 6 in 8 x 8: 3 rows above, 2 columns to the left; 6 + 5 padding pixels touch the scene
-    counts = padding_counts(beside, painted(np.zeros((5, 6), int)), 3, 8, window=32)
+    counts = padding_counts(beside, painted(np.zeros((5, 6), int)), 8, window=32)
     assert counts.tolist() == [64 - 30 - 11, 0, 11]
 
 
