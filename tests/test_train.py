@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 import train
-from checkpoint import CheckpointError, read
-from ctclm import load_transformer
-from data import DataError
+from ctclm import ramp_up
+from infer import load_transformer
+from support import cli
+from support.checkpoint import CheckpointError, read
+from support.raster import DataError
 
 ERRORS = (DataError, CheckpointError)
 
@@ -34,7 +36,7 @@ def small(tmp_path, write_folder):
 
 
 def run(config):
-    run = train.Run(config)
+    run = train.prepare(config)
     run.fit()
     run.finish()
     return run
@@ -67,8 +69,11 @@ def test_a_run_leaves_what_it_promises(small, tmp_path, program):
     assert all(0 <= float(row["data_wait"]) <= 1 for row in rows)
     assert 1 <= float(rows[-1]["cnn_rank_4"]) <= 64
     assert all(0 <= float(row["agreement"]) <= 1 for row in rows)
-    for name in ("curves.png", "samples.png", "story.png"):
-        assert Image.open(config.out / name).size > (500, 100)
+    sizes = {name: Image.open(config.out / name).size for name in ("curves.png", "story.png")}
+    assert sizes == {"curves.png": (1120, 960), "story.png": (1120, 960)}  # 5 and 6 panels, in twos
+    # Six columns of 96 pixels, a row for each of the two validation scenes, the legend.
+    width, height = Image.open(config.out / "samples.png").size
+    assert width >= 6 * 96 and height > 2 * 64
 
 
 def test_best_is_the_branch_and_nothing_else(small):
@@ -76,8 +81,8 @@ def test_best_is_the_branch_and_nothing_else(small):
     student = load_transformer(run_.config.out / "best.pt")
     names = read(run_.config.out / "best.pt", "ctclm-transformer")["model"].keys()
     assert names == run_.model.transformer.state_dict().keys()
-    assert student.about["classes"] == ["a", "b", "c"]
-    assert student.about["step"] == run_.best["step"]
+    assert student.about.classes.names == ("a", "b", "c")
+    assert student.about.step == run_.best["step"]
     if run_.best["step"] == run_.step:  # otherwise training went on from there
         images = torch.rand(1, 3, 64, 64) * 255
         run_.model.eval()
@@ -91,16 +96,16 @@ def test_best_is_the_best_validation(small, monkeypatch):
     monkeypatch.setattr(
         train, "evaluate", lambda *a, **k: {"miou": next(values), "confusion_matrix": []}
     )
-    run_ = train.Run(small(validations=3))
+    run_ = train.prepare(small(validations=3))
     run_.fit()
     assert (run_.best["step"], run_.best["miou"], run_.best["cnn"]["miou"]) == (4, 0.7, 0.2)
-    assert load_transformer(run_.config.out / "best.pt").about["val_miou"] == 0.7
+    assert load_transformer(run_.config.out / "best.pt").about.val_miou == 0.7
 
 
 def test_resumed_run_ends_in_the_same_bits(small, tmp_path, monkeypatch):
     whole = run(small(out=tmp_path / "whole"))
 
-    class StopAfterThree(train.StopSignal):
+    class StopAfterThree(cli.StopSignal):
         asked = 0
 
         @property
@@ -109,8 +114,8 @@ def test_resumed_run_ends_in_the_same_bits(small, tmp_path, monkeypatch):
             return signal.SIGINT if self.asked >= 3 else 0
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(train, "StopSignal", StopAfterThree)
-        train.Run(small(out=tmp_path / "parts")).fit()
+        patch.setattr(cli, "StopSignal", StopAfterThree)
+        train.prepare(small(out=tmp_path / "parts")).fit()
     assert ended.value.code == 130
     assert read(tmp_path / "parts" / "last.pt", "ctclm-training")["step"] == 3
     parts = run(small(out=tmp_path / "parts", resume=True))
@@ -161,15 +166,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run(small, program, monkeypatch
         return losses._replace(total=losses.total * factor)
 
     monkeypatch.setattr(train.CTCLM, "objective", spoiled)
-    run_ = train.Run(config)
+    run_ = train.prepare(config)
     with pytest.raises(train.DivergedError, match="transformer's gradient .* at step 2 .*--lr"):
         run_.fit()
     parameters = dict(run_.model.named_parameters())
     assert all(torch.equal(calls[2][name], p) for name, p in parameters.items())
 
 
-def test_learning_rate_and_ramp(small):
-    run_ = train.Run(small(steps=100, lr=1e-3))
+def test_learning_rate(small):
+    """Warm-up over a twentieth of 100 steps: 1/5, 2/5, ... of the highest; then down to 0."""
+    run_ = train.prepare(small(steps=100, lr=1e-3))
     rates = []
     for run_.step in range(100):
         rates.append(run_.learning_rate())
@@ -177,8 +183,53 @@ def test_learning_rate_and_ramp(small):
     assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] < 1e-6
 
 
+@pytest.mark.parametrize("step", [0, 5, 20, 99])
+def test_a_step_uses_the_learning_rate_and_the_ramp_of_its_number(small, step):
+    """The total is what the terms add up to under this step's ramp, and the optimiser's rate is
+    this step's."""
+    run_ = train.prepare(small(steps=100))
+    run_.step = step
+    rate = run_.learning_rate()
+    loss = run_.train_step(*run_.windows.batch(0))
+    c, ramp = run_.model.config, ramp_up(step, 100)
+    collaboration = c.align_weight * loss.align + c.region_weight * loss.region
+    collaboration += c.transfer_weight * (loss.cnn_to_transformer + loss.transformer_to_cnn)
+    wanted = loss.transformer_ce + loss.cnn_ce + ramp * collaboration
+    torch.testing.assert_close(loss.total, wanted + c.decorrelation_weight * loss.decorrelation)
+    assert collaboration > 0.1  # so that another ramp would show
+    assert {group["lr"] for group in run_.optimizer.param_groups} == {rate}
+
+
+def test_gradients_are_clipped_for_each_part_by_itself(small):
+    """To a norm of 1: of a branch whose gradient is large, and without touching the others."""
+    run_ = train.prepare(small())
+    parts = run_.model.branches | {"projectors": run_.model.projectors}
+    sizes = {"transformer": 50.0, "cnn": 0.5, "projectors": 3.0}
+    for name, part in parts.items():
+        parameters = list(part.parameters())
+        total = sum(p.numel() for p in parameters)
+        for p in parameters:
+            p.grad = torch.full_like(p, sizes[name] / total**0.5)
+    run_.clip_gradients()
+    for name, part in parts.items():
+        norm = torch.stack([p.grad.norm() for p in part.parameters()]).norm().item()
+        assert norm == pytest.approx(min(sizes[name], 1.0), rel=1e-4), name
+
+
+def test_a_step_clips_before_it_updates(small, monkeypatch):
+    run_ = train.prepare(small())
+    order = []
+    for owner, name in ((run_, "clip_gradients"), (run_.optimizer, "step")):
+        wrapped = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *a, name=name, wrapped=wrapped: (order.append(name), wrapped(*a))
+        )
+    run_.train_step(*run_.windows.batch(0))
+    assert order == ["clip_gradients", "step"]
+
+
 def test_weight_decay_is_for_matrices_only(small):
-    run_ = train.Run(small())
+    run_ = train.prepare(small())
     decayed, free = run_.optimizer.param_groups
     assert decayed["weight_decay"] > 0 == free["weight_decay"]
     sizes = {id(p): name for name, p in run_.model.named_parameters()}
@@ -189,86 +240,14 @@ def test_weight_decay_is_for_matrices_only(small):
 
 
 def test_costs_of_what_is_trained_and_deployed(small):
-    run_ = train.Run(small())
-    cost = run_.describe()
-    count = sum(p.numel() for p in run_.model.transformer.parameters())
-    assert cost["deployed"]["parameters"] == count
-    assert cost["trained"]["parameters"] > 1.5 * count
+    run_ = train.prepare(small())
+    cost = run_.cost()
+    parts = {name: list(part.parameters()) for name, part in run_.model.branches.items()}
+    parts["projectors"] = list(run_.model.projectors.parameters())
+    sizes = {name: sum(p.numel() for p in parameters) for name, parameters in parts.items()}
+    assert cost["deployed"]["parameters"] == sizes["transformer"]
+    assert cost["trained"]["parameters"] == sum(sizes.values())
     assert cost["trained"]["multiply_adds"] > 1.5 * cost["deployed"]["multiply_adds"]
-
-
-def test_multiply_adds_by_hand():
-    """A 3x3 convolution from 3 to 8 channels at stride 2 on 32 x 32: 16 * 16 * 8 * 27."""
-
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.normalise = train.CTCLM(train.ModelConfig("tiny")).transformer.normalise
-            self.conv = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
-
-        def forward(self, x):
-            return self.conv(self.normalise(x))
-
-    assert train.count(Net(), 32)["multiply_adds"] == 16 * 16 * 8 * 27
-
-
-# --- Controls -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("student", ["transformer", "cnn"])
-def test_one_student_alone(small, student):
-    run_ = run(small(students=student))
-    assert list(run_.branches) == list(run_.students) == [student]
-    metrics = json.loads((run_.config.out / "metrics.json").read_text())
-    assert 0 <= metrics["validation"]["miou"] <= 1 and metrics["cnn_validation"] is None
-    assert metrics["cost"]["trained"] == metrics["cost"]["deployed"]
-    assert (run_.config.out / "best.pt").exists() == (student == "transformer")
-    other = {"transformer": "cnn", "cnn": "transformer"}[student]
-    assert not any(key.startswith(other) for key in run_.model.state_dict())
-    assert run_.log[-1][f"{student}_val_miou"] >= 0 and run_.log[-1][f"{other}_val_miou"] is None
-
-
-def test_a_teacher_teaches_and_does_not_learn(small, tmp_path):
-    first = run(small(students="cnn", steps=2))
-    options = {"distill": "cnn_to_transformer", "align": "off", "out": tmp_path / "taught"}
-    taught = run(small(teacher=first.config.out / "last.pt", **options))
-    for name, weights in first.model.cnn.state_dict().items():
-        assert torch.equal(taught.model.cnn.state_dict()[name], weights), name
-    assert list(taught.students) == ["transformer"] and taught.log[-1]["cnn_to_transformer"] > 0
-    again = train.Run(small(teacher=first.config.out / "last.pt", resume=True, **options))
-    assert again.step == 6  # its last.pt holds the teacher too
-
-
-def test_a_teacher_must_be_a_cnn_of_the_same_size(small, tmp_path):
-    first = run(small(students="transformer", steps=1))
-    options = {"distill": "cnn_to_transformer", "align": "off", "out": tmp_path / "taught"}
-    with pytest.raises(CheckpointError, match="has no CNN of this size"):
-        train.Run(small(teacher=first.config.out / "last.pt", **options))
-
-
-def test_the_labelled_square_is_in_the_middle(small):
-    run_ = train.Run(small(labelled=1, labelled_from=1, labelled_side=40))
-    (scene,) = run_.windows.scenes
-    whole = run_.train_set.scenes[1]
-    assert np.array_equal(scene.label, whole.label[12:52, 28:68])
-    assert np.array_equal(scene.image, whole.image[12:52, 28:68])
-
-
-def test_decorrelation_alone_aligns_nothing(small):
-    run_ = train.Run(small(align="decorrelation", distill="none"))
-    losses = run_.train_step(*run_.windows.batch(0))
-    wanted = losses.cnn_ce + losses.transformer_ce + losses.decorrelation
-    torch.testing.assert_close(losses.total, wanted)
-
-
-def test_one_student_alone_is_decorrelated_only_when_asked(small):
-    """--align on, the default, has nothing to align with."""
-    assert set(train.Run(small(students="transformer")).branches) == {"transformer"}
-    run_ = train.Run(small(students="transformer", align="decorrelation"))
-    assert set(run_.branches) == {"transformer", "projectors"}
-    losses = run_.train_step(*run_.windows.batch(0))
-    assert losses.decorrelation > 0
-    torch.testing.assert_close(losses.total, losses.transformer_ce + losses.decorrelation)
 
 
 # --- Data ---------------------------------------------------------------------------------------
@@ -277,14 +256,14 @@ def test_one_student_alone_is_decorrelated_only_when_asked(small):
 def test_channels_follow_the_data(small, tmp_path, write_isprs):
     """Red, green, blue and infrared, from the files to best.pt."""
     root = write_isprs(tmp_path / "potsdam", kinds=("RGB", "RGBIR"))
-    run_ = run(small(data="potsdam", root=root, bands="rgbir", steps=2, rare=0.5))
+    run_ = run(small(data="potsdam", root=root, bands="rgbir", steps=2, rare_class_fraction=0.5))
     student = load_transformer(run_.config.out / "best.pt")
-    assert student.about["bands"] == "rgbir" and run_.windows.rare == 0.5
+    assert student.about.bands == "rgbir" and run_.windows.rare_class_fraction == 0.5
     assert student(torch.zeros(1, 4, 64, 64)).shape[:2] == (1, 6)
     mean = student.normalise.mean.flatten()
     assert mean[3] == pytest.approx(mean[:3].mean().item())  # infrared: as the others on average
     plain = run(small(data="potsdam", root=root, steps=1, out=tmp_path / "plain"))
-    assert load_transformer(plain.config.out / "best.pt").about["bands"] == "rgb"
+    assert load_transformer(plain.config.out / "best.pt").about.bands == "rgb"
 
 
 def test_a_cache_is_shared_and_no_part_of_the_run(small, tmp_path):
@@ -306,21 +285,25 @@ def test_a_run_that_only_has_a_cache_may_start(small):
     good = mask.read_bytes()
     Image.new("L", (96, 64), 9).save(mask)
     with pytest.raises(DataError, match="has the value 9"):
-        train.Run(config)
+        train.prepare(config)
     assert (config.out / "cache").is_dir()
     mask.write_bytes(good)
-    train.Run(config)
+    train.prepare(config)
 
 
 def test_no_tile_is_in_both_sets(small, tmp_path, write_isprs):
     root = write_isprs(tmp_path / "potsdam")
     with pytest.raises(DataError, match="2_11_RGB.tif: is in the training and in the validation"):
-        train.Run(small(data="potsdam", root=root, train_tiles=("2_10", "2_11")))
+        train.prepare(small(data="potsdam", root=root, train_tiles=("2_10", "2_11")))
 
 
 # --- Refusals -----------------------------------------------------------------------------------
 
 BAD_OPTIONS = {
+    "--students transformer": "unrecognized arguments: --students",
+    "--align decorrelation": "invalid choice: 'decorrelation'",
+    "--encoder transformer": "invalid choice: 'transformer'",
+    "--transfer both": "invalid choice: 'both'",
     "--learning-rate 1": "unrecognized arguments: --learning-rate",
     "--data moon": "invalid choice: 'moon'",
     "--steps 0": "--steps must be positive; got 0",
@@ -334,15 +317,9 @@ BAD_OPTIONS = {
     "--val-tiles 2_10": "no tiles",
     "--data folder --root /nowhere/at/all": "/nowhere/at/all: no such folder",
     "--resume": "there is nothing to resume",
-    "--labelled -1": "--labelled must be at least 0",
-    "--gamma nan": "--gamma must be at least 0",
     "--validations 0": "--validations must be positive",
-    "--labelled 99": "--labelled 99 --labelled-from 0, but there are 24 training scenes",
-    "--labelled 2 --labelled-from 23": "--labelled-from 23, but there are 24 training scenes",
-    "--labelled-from 24": "--labelled 0 --labelled-from 24, but there are 24 training scenes",
-    "--teacher x.pt": "--teacher, a CNN that does not learn, needs --students both",
-    "--rare 1.5": "--rare is a share, 0 to 1; got 1.5",
-    "--rare often": "invalid float value: 'often'",
+    "--rare-class-fraction 1.5": "--rare-class-fraction is a share, 0 to 1; got 1.5",
+    "--rare-class-fraction often": "invalid float value: 'often'",
     "--max-unknown -1": "--max-unknown is a share, 0 to 1; got -1.0",
     "--bands grey": "invalid choice: 'grey'",
     "--bands irrg": "it takes no --root, no tiles, no bands",
@@ -371,8 +348,18 @@ def test_a_run_is_not_overwritten(small, program):
 
 def test_resuming_with_other_options_is_refused(small):
     run(small(steps=1))
-    with pytest.raises(train.cli.UsageError, match="was started with --batch 2, not 3"):
-        train.Run(small(steps=1, batch=3, resume=True))
+    with pytest.raises(cli.UsageError, match="was started with --batch 2, not 3"):
+        train.prepare(small(steps=1, batch=3, resume=True))
+
+
+def test_a_run_of_another_version_is_not_resumed(small):
+    """Its last.pt has other options: they were called differently, or did not exist."""
+    run_ = run(small(steps=1))
+    state = read(run_.config.out / "last.pt", "ctclm-training")
+    del state["config"]["transfer"]
+    train.checkpoint.save(state, run_.config.out / "last.pt")
+    with pytest.raises(cli.UsageError, match="was started by a version without --transfer"):
+        train.prepare(small(steps=1, resume=True))
 
 
 def test_validation_without_labels_is_refused(small, monkeypatch):
@@ -385,4 +372,4 @@ def test_validation_without_labels_is_refused(small, monkeypatch):
 
     monkeypatch.setattr(train, "load", unlabelled)
     with pytest.raises(DataError, match="no pixel of the val split has a label"):
-        train.Run(small())
+        train.prepare(small())
