@@ -92,9 +92,7 @@ def load_transformer(path: Path) -> Transformer:
     student.load_state_dict(contents["model"])
     colours = tuple(tuple(colour) for colour in known["colours"])
     classes = Classes(tuple(known["classes"]), colours)
-    student.about = About(
-        classes, known["data"], known["bands"], known["step"], known["val_miou"]
-    )
+    student.about = About(classes, known["data"], known["bands"], known["step"], known["val_miou"])
     return student.eval()
 
 

@@ -152,9 +152,11 @@ class Run:
 
     def clip_gradients(self, largest: float = 1.0) -> None:
         """To a norm of `largest` for each branch by itself: one's spike must not slow the other."""
-        for name, part in (self.model.branches | {"projectors": self.model.projectors}).items():
-            norm = nn.utils.clip_grad_norm_(part.parameters(), largest)
-            if not norm.isfinite():
+        parts = self.model.branches | {"projectors": self.model.projectors}
+        for name, part in parts.items():
+            if not (parameters := list(part.parameters())):
+                continue  # no shared space
+            if not nn.utils.clip_grad_norm_(parameters, largest).isfinite():
                 raise DivergedError(
                     f"the {name}'s gradient is not finite at step {self.step} (windows "
                     f"0..{self.config.batch - 1} of that step, seed {self.config.seed}); the "
@@ -412,6 +414,7 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 # --- What is shown --------------------------------------------------------------------------------
 
+
 def opinions(output, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Classes of the CNN and of the Transformer, the gate, and labels, (B, H, W) each."""
     logits = output.cnn_logits.float(), output.transformer_logits.float()
@@ -465,7 +468,9 @@ def main(arguments: list[str]) -> None:
     except DivergedError as error:
         sys.exit(f"train.py: {error}")
     run.finish()
-    print(f"\nthe Transformer was best at step {run.best['step']}; on validation it scores, in %:\n")
+    print(
+        f"\nthe Transformer was best at step {run.best['step']}; on validation it scores, in %:\n"
+    )
     print(table(run.best, classes))
     print(f"\n{config.out}: {', '.join(sorted(path.name for path in config.out.iterdir()))}")
 

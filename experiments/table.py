@@ -17,7 +17,9 @@ from experiments.settings import SETTINGS
 from support import pictures
 from support.checkpoint import atomic_write
 
-COMPARED = ("transformer", "equal-time", "decorrelation", "twin")  # every setting minus each of these
+HEADS = "setting, n, mIoU, mF1, OA, boundary F1, CNN mIoU, boundary F1, ms a step, s".split(", ")
+# Every setting minus each of these.
+COMPARED = ("transformer", "equal-time", "decorrelation", "twin")
 SCORES = ("miou", "mf1", "oa", "boundary_f1")
 COLUMNS = (
     ("setting", "seed", "steps", "step_ms", "seconds")
@@ -67,10 +69,12 @@ def interval(differences: list[float]) -> tuple[float, float | None]:
 
 def differences(rows: list[dict], setting: str, other: str, column: str) -> list[float]:
     """setting - other for each seed that both have."""
-    ours, theirs = (
-        {row["seed"]: row[column] for row in rows if row["setting"] == name and row[column] is not None}
-        for name in (setting, other)
-    )
+
+    def by_seed(name: str) -> dict[int, float]:
+        mine = [row for row in rows if row["setting"] == name and row[column] is not None]
+        return {row["seed"]: row[column] for row in mine}
+
+    ours, theirs = by_seed(setting), by_seed(other)
     return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
 
@@ -90,8 +94,8 @@ def markdown(rows: list[dict], seeds: int) -> str:
     lines = [
         "Per cent, mean ± standard deviation over n seeds.",
         "",
-        "| | setting | n | mIoU | mF1 | OA | boundary F1 | CNN mIoU | boundary F1 | ms a step | s |",
-        "|" + " --- |" * 11,
+        f"| | {' | '.join(HEADS)} |",
+        "|" + " --- |" * (1 + len(HEADS)),
     ]
     for name, setting in SETTINGS.items():
         n = sum(row["setting"] == name for row in rows)
@@ -134,5 +138,7 @@ def difference_rows(rows: list[dict], column: str) -> list[pictures.Difference]:
         values = differences(rows, name, "transformer", column)
         if values and name != "transformer":
             mean, half = interval(values)
-            found.append(pictures.Difference(f"({setting.number}) {setting.name}", values, mean, half))
+            found.append(
+                pictures.Difference(f"({setting.number}) {setting.name}", values, mean, half)
+            )
     return found

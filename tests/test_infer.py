@@ -143,7 +143,9 @@ class Greys(torch.nn.Module):
         return -((images[:, :1] - levels).abs()) / 10
 
 
-def test_memory_is_that_of_a_row_of_windows_however_high_the_scene(tmp_path, write_tiff, monkeypatch):
+def test_memory_is_that_of_a_row_of_windows_however_high_the_scene(
+    tmp_path, write_tiff, monkeypatch
+):
     """All that Python and numpy allocate from reading to writing, for a scene ten times as high."""
     monkeypatch.setattr(infer.pictures, "LARGEST_OVERLAY", 64)
     monkeypatch.setattr(geotiff, "STRIP", 2**12)

@@ -1,9 +1,8 @@
-"""ablation.py: what arms share, cells that were interrupted, and the arithmetic of the table."""
+"""experiments/ablation.py: what settings share, and cells that were interrupted."""
 
-import csv
 import json
-import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
-import ablation
-import cli
 import train
-from checkpoint import CheckpointError, read
-from data import DataError
+from data import Scene, load
+from experiments import ablation
+from experiments.settings import SETTINGS, few_labels
+from experiments.table import read_cells
+from support import cli
+from support.checkpoint import CheckpointError, read
+from support.raster import DataError
 
 ERRORS = (DataError, CheckpointError)
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -40,25 +43,22 @@ def small(tmp_path, write_folder):
     return config
 
 
-def rows(*cells):
-    """cells: (arm, seed, Transformer mIoU)."""
-    empty = dict.fromkeys(ablation.COLUMNS)
-    names = ("arm", "seed", "transformer_miou")
-    return [empty | dict(zip(names, cell, strict=True)) for cell in cells]
+# --- What the settings share, and where they differ ----------------------------------------------
 
 
-# --- What the arms share, and where they differ -------------------------------------------------
-
-
-def test_equal_data_and_equal_initial_transformer_weights_in_every_arm(small, tmp_path):
+def test_equal_windows_and_equal_initial_transformer_weights_in_every_setting(small):
     config = small()
-    ablation.run_cell(config, "cnn", 3, 1.0, 1)  # the frozen arm needs it
+    ablation.run_cell(config, "cnn", 3, 1.0, 1)  # the frozen setting needs it
+    shutil.move(config.out / "cnn/3/last.pt", config.out / "cnn.pt")
     first = None
-    for name in (name for name, arm in ablation.ARMS.items() if arm.options is not None):
-        cell = ablation.cell_config(config, name, 3, 2.0)
-        run = train.Run(replace(cell, out=tmp_path / "fresh" / name))
+    for name in (name for name, setting in SETTINGS.items() if setting.build):
+        (config.out / "cnn/3").mkdir(parents=True, exist_ok=True)
+        if name == "frozen":
+            shutil.copy(config.out / "cnn.pt", config.out / "cnn/3/last.pt")
+        run = ablation.start_cell(config, name, 3, ablation.options_of(config, name, 3, 2.0))
         images, labels = run.windows.batch(5)
-        weights = run.model.transformer.state_dict() if run.model.transformer else None
+        transformer = run.model.branches.get("transformer")
+        weights = transformer.state_dict() if transformer else None
         first = first or (images, labels, weights)
         assert np.array_equal(images, first[0]) and np.array_equal(labels, first[1]), name
         for key in weights or ():
@@ -69,51 +69,39 @@ def test_each_seed_has_labels_of_its_own(small):
     """By default on toy: a square in which every class occurs."""
     config = small()
     for seed, scene in enumerate((0, 1, 0, 1)):
-        assert ablation.cell_config(config, "full", seed, 1.0).labelled_from == scene
-        for_all = ablation.cell_config(replace(config, labelled=0), "full", seed, 1.0)
-        assert for_all.labelled_from == 0
+        train_set, (labelled,) = ablation.labelled_scenes(config, seed)
+        assert labelled.name == train_set.scenes[scene].name
+        _, everything = ablation.labelled_scenes(replace(config, labelled=0), seed)
+        assert len(everything) == 2
     toy = ablation.Config()
     assert len(set(toy.labelled_from)) == len(toy.labelled_from) >= toy.seeds
-    scenes = ablation.load("toy", None, "train").scenes
+    dataset = load("toy", None, "train")
     for k in toy.labelled_from:
-        label = train.middle(scenes[k], toy.labelled_side, 6).label
-        assert np.bincount(label.ravel(), minlength=6)[:6].min() >= 100, k
+        (scene,) = few_labels(dataset, k, 1, toy.labelled_side)
+        assert np.bincount(scene.label.ravel(), minlength=6)[:6].min() >= 100, k
     with pytest.raises(cli.UsageError, match="has 4 scenes for 5 seeds"):
         small(seeds=5)
 
 
-def test_the_plain_command_goes_on_with_the_table_of_the_readme():
-    """`python ablation.py` has the settings of the committed table."""
+def test_the_plain_command_goes_on_with_the_committed_table():
+    """`python -m experiments.ablation` has the options of experiments/results/toy."""
     toy = ablation.Config()
-    committed = json.loads((Path(__file__).parents[1] / toy.results / "settings.json").read_text())
-    assert {name: committed[name] for name in toy.settings()} == toy.settings()
+    committed = json.loads((ROOT / toy.results / "options.json").read_text())
+    assert {name: committed[name] for name in toy.shared()} == toy.shared()
 
 
-def test_each_arm_is_what_it_says(small):
-    """Every arm against `full`: which options differ."""
+def test_only_time_and_rate_differ_between_the_options_of_settings(small):
     config = small()
-    full = ablation.cell_config(config, "full", 0, 1.0).saved()
+    full = ablation.options_of(config, "full", 0, 2.5).saved()
 
-    def changed(name, ratio=1.0):
-        saved = ablation.cell_config(config, name, 0, ratio).saved()
+    def changed(name):
+        saved = ablation.options_of(config, name, 0, 2.5).saved()
         return {key: value for key, value in saved.items() if value != full[key]}
 
-    alone = {"students": "transformer", "distill": "none", "align": "off"}
-    assert full["distill"] == "selective" and full["align"] == "on" and full["teacher"] is None
-    assert changed("transformer") == alone
-    assert changed("equal-time", 2.5) == alone | {"steps": 5}
-    assert changed("cnn") == alone | {"students": "cnn"}
-    assert changed("perturbed") == alone | {"lr": pytest.approx(3e-3 * 1.0001)}
-    assert changed("penalised") == alone | {"align": "decorrelation"}
-    assert changed("mutual") == {"distill": "mutual", "gamma": 0.5, "align": "off"}
-    assert changed("one-way") == {"distill": "cnn_to_transformer", "align": "off"}
-    teacher = str(config.out / "cnn" / "0" / "last.pt")
-    assert changed("frozen") == changed("one-way") | {"teacher": teacher}
-    assert changed("selective") == {"align": "off"}
-    assert changed("decorrelation") == {"distill": "none", "align": "decorrelation"}
-    assert changed("constant") == {"distill": "mutual", "gamma": 0.5}
-    assert changed("plain") == {"encoder": "plain"}
-    assert changed("twin") == {"encoder": "transformer"}
+    wanted = {name: {} for name in SETTINGS}
+    wanted["equal-time"] = {"steps": 5}
+    wanted["perturbed"] = {"lr": pytest.approx(3e-3 * 1.0001)}
+    assert {name: changed(name) for name in SETTINGS} == wanted
 
 
 # --- Cells --------------------------------------------------------------------------------------
@@ -124,12 +112,12 @@ def test_a_table_goes_on_where_it_stopped(small, program, capsys, monkeypatch):
     arguments = ["--data", "folder", "--root", config.root, "--steps", 2, "--batch", 2]
     arguments += ["--crop", 32, "--labelled", 1, "--labelled-from", 0, 1, 0, 1, "--device", "cpu"]
     arguments += ["--labelled-side", 0, "--results", config.results, "--out", config.out]
-    arms = ["--arms", "transformer", "frozen", "full"]
-    assert program(ablation.main, ERRORS, *arguments, *arms, "--seeds", 1) == (0, "")
-    found = ablation.read_cells(config.results / "cells.csv")
-    assert [(row["arm"], row["seed"]) for row in found] == [
+    settings = ["--settings", "transformer", "frozen", "full"]
+    assert program(ablation.main, ERRORS, *arguments, *settings, "--seeds", 1) == (0, "")
+    found = read_cells(config.results / "cells.csv")
+    assert [(row["setting"], row["seed"]) for row in found] == [
         ("transformer", 0),
-        ("cnn", 0),  # the frozen arm's teacher
+        ("cnn", 0),  # the frozen setting's teacher
         ("frozen", 0),
         ("full", 0),
     ]
@@ -149,10 +137,10 @@ def test_a_table_goes_on_where_it_stopped(small, program, capsys, monkeypatch):
     # Seed 0 is finished: only the cell of seed 1 may be run.
     monkeypatch.setattr(ablation, "step_times", forbidden)
     before = (config.out / "full/0/last.pt").stat().st_mtime_ns
-    again = ["--arms", "full", "--seeds", 2]
+    again = ["--settings", "full", "--seeds", 2]
     assert program(ablation.main, ERRORS, *arguments, *again) == (0, "")
     assert (config.out / "full/0/last.pt").stat().st_mtime_ns == before
-    assert len(ablation.read_cells(config.results / "cells.csv")) == len(found) + 1
+    assert len(read_cells(config.results / "cells.csv")) == len(found) + 1
 
 
 def test_a_cell_that_was_killed_is_finished(small, monkeypatch):
@@ -160,7 +148,7 @@ def test_a_cell_that_was_killed_is_finished(small, monkeypatch):
     config = small(steps=6)
     whole = small(steps=6, out=config.out.parent / "whole")
     row = ablation.run_cell(whole, "full", 0, 1.0, 1)
-    cell = ablation.cell_config(config, "full", 0, 1.0)
+    cell = ablation.options_of(config, "full", 0, 1.0)
     cell.out.mkdir(parents=True)
     (cell.out / "log.csv").write_text("half a li")  # the first kill
 
@@ -192,9 +180,9 @@ def test_an_interrupted_table_saves_its_runs(small, to_a_run):
     arguments = ["--data", "folder", "--root", config.root, "--steps", 100_000, "--batch", 2]
     arguments += ["--crop", 32, "--labelled", 1, "--labelled-from", 0, 1, 0, 1, "--jobs", 2]
     arguments += ["--seeds", 4, "--device", "cpu"]
-    arguments += ["--labelled-side", 0, "--arms", "transformer", "full"]
+    arguments += ["--labelled-side", 0, "--settings", "transformer", "full"]
     arguments += ["--results", config.results, "--out", config.out]
-    process = subprocess.Popen([sys.executable, "ablation.py", *map(str, arguments)])
+    process = subprocess.Popen([sys.executable, "-m", "experiments.ablation", *map(str, arguments)])
     cells = [config.out / "transformer/0", config.out / "full/0"]
     limit = time.monotonic() + 120
     while not all((cell / "output.txt").exists() for cell in cells):
@@ -217,12 +205,11 @@ def test_an_interrupted_table_saves_its_runs(small, to_a_run):
 def test_scores_are_of_the_last_step(small):
     config = small()
     row = ablation.run_cell(config, "full", 0, 1.0, 1)
-    cell = ablation.cell_config(config, "full", 0, 1.0)
-    run = train.Run(replace(cell, resume=True))
+    run = ablation.start_cell(config, "full", 0, ablation.options_of(config, "full", 0, 1.0))
     scores = run.evaluate(ablation.test_set(config))
     assert run.step == row["steps"] == 2
-    for student in ("transformer", "cnn"):
-        assert row[f"{student}_miou"] == round(100 * scores[student]["miou"], 3)
+    for branch in ("transformer", "cnn"):
+        assert row[f"{branch}_miou"] == round(100 * scores[branch]["miou"], 3)
 
 
 def test_the_ensemble_is_of_two_finished_cells(small):
@@ -232,41 +219,27 @@ def test_the_ensemble_is_of_two_finished_cells(small):
     assert ablation.score_ensemble(config, 0, test) is None
     ablation.run_cell(config, "cnn", 0, 1.0, 1)
     row = ablation.score_ensemble(config, 0, test)
-    assert row["arm"] == "ensemble" and row["steps"] == 2 and 0 <= row["transformer_miou"] <= 100
+    assert (
+        row["setting"] == "ensemble" and row["steps"] == 2 and 0 <= row["transformer_miou"] <= 100
+    )
     assert row["step_ms"] is row["cnn_miou"] is None
-
-
-def test_the_ensembles_probabilities_are_the_mean_of_both():
-    one, other = 30 * torch.randn(2, 2, 6, 4, 4, dtype=torch.float64)  # logits of two students
-
-    class Says(torch.nn.Module):
-        def __init__(self, logits):
-            super().__init__()
-            self.logits = logits
-
-        def forward(self, images):
-            return self.logits
-
-    mean = (one.softmax(1) + other.softmax(1)) / 2
-    found = ablation.Ensemble(Says(one), Says(other))(None).exp()
-    torch.testing.assert_close(found, mean, rtol=1e-12, atol=1e-300)
 
 
 def test_other_options_need_another_table(small):
     config = small()
     ablation.prepare(config)
-    settings = json.loads((config.results / "settings.json").read_text())
-    assert settings["time_ratio"] > 0 and settings["steps"] == 2
-    assert ablation.prepare(config) == settings
-    with pytest.raises(ablation.cli.UsageError, match="was made with --steps 2, not 3"):
+    options = json.loads((config.results / "options.json").read_text())
+    assert options["time_ratio"] > 0 and options["steps"] == 2
+    assert ablation.prepare(config) == options
+    with pytest.raises(cli.UsageError, match="was made with --steps 2, not 3"):
         ablation.prepare(small(steps=3))
-    with pytest.raises(ablation.cli.UsageError, match="made with --labelled-side 0, not 64"):
+    with pytest.raises(cli.UsageError, match="made with --labelled-side 0, not 64"):
         ablation.prepare(small(labelled_side=64))
 
 
 def test_the_teacher_comes_first(small):
     done = {("cnn", 0)}
-    chains = ablation.chains(small(arms=("frozen", "full"), seeds=2), done)
+    chains = ablation.chains(small(settings=("frozen", "full"), seeds=2), done)
     # The teacher's row is there but its weights are not: it has to be trained again.
     assert chains == [
         [("cnn", 0), ("frozen", 0)],
@@ -276,59 +249,37 @@ def test_the_teacher_comes_first(small):
     ]
 
 
-# --- The table ----------------------------------------------------------------------------------
-
-
-def test_interval_by_hand():
-    """1, 2, 6: mean 3, sd sqrt(7), t(2) = 4.303, so 4.303 * sqrt(7 / 3)."""
-    mean, half = ablation.interval([1.0, 2.0, 6.0])
-    assert mean == 3 and half == pytest.approx(4.303 * math.sqrt(7 / 3), rel=1e-12)
-    assert ablation.interval([2.0]) == (2.0, None)
-
-
-@pytest.mark.parametrize("df", range(1, 20))
-def test_t_quantiles(df):
-    """Integrating the density of Student's t up to each gives 0.975, to half of the last digit."""
-    t = np.linspace(0, ablation.T_QUANTILES[df - 1], 200_001)
-    log_scale = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
-    density = np.exp(log_scale - (df + 1) / 2 * np.log1p(t * t / df))
-    assert 0.5 + np.trapezoid(density, t) == pytest.approx(0.975, abs=3e-5)
-
-
-def test_only_seeds_that_both_arms_have_are_compared():
-    found = rows(("full", 0, 50), ("full", 1, 60), ("twin", 1, 55), ("twin", 2, 1))
-    assert ablation.differences(found, "full", "twin", "transformer_miou") == [5]
-    table = ablation.markdown(found, 2)
-    assert "| 9 | full | 2 | 55.0 ± 7.1 |" in table
-    assert "+5.0 (n = 1)" in table
-
-
-def test_an_interval_without_zero_is_marked():
-    base = [("transformer", seed, 50) for seed in range(3)]
-    better = [("full", 0, 52), ("full", 1, 53), ("full", 2, 54)]  # 3 +- 4.303 / sqrt(3) = 2.5
-    assert "+3.0 ± 2.5 * (n = 3)" in ablation.markdown(rows(*base, *better), 3)
-    worse = [("full", 0, 51), ("full", 1, 53), ("full", 2, 52)]  # 2 +- 2.5
-    assert "+2.0 ± 2.5 (n = 3)" in ablation.markdown(rows(*base, *worse), 3)
-
-
-def test_cells_survive_the_file(tmp_path):
-    found = rows(("full", 1, 50.25), ("transformer", 0, None))
-    for row in found:
-        row |= {"steps": 3}
-    ablation.write_cells(found, tmp_path / "cells.csv")
-    assert ablation.read_cells(tmp_path / "cells.csv") == sorted(found, key=lambda r: r["seed"])
-    assert len(list(csv.DictReader(open(tmp_path / "cells.csv")))) == 2
+# --- Pictures and options ------------------------------------------------------------------------
 
 
 def test_crop_is_where_the_boundaries_are():
     label = np.zeros((200, 300), np.uint8)
     label[120:, 220::2] = 1
-    top, left = ablation.crop_places(train.Scene("x", None, label))
+    top, left = ablation.crop_places(Scene("x", np.zeros((200, 300, 3), np.uint8), label))
     assert (top.stop, left.stop) == (200, 300) and top.stop - top.start == ablation.CROP
 
 
-def test_bad_options_get_one_sentence(program):
-    code, error = program(ablation.main, ERRORS, "--arms", "fulll")
-    assert code == 2 and "there is no fulll; the arms are transformer" in error
+def test_bad_options_get_one_sentence(program, tmp_path):
+    code, error = program(ablation.main, ERRORS, "--settings", "fulll")
+    assert code == 2 and "there is no fulll; the settings are transformer" in error
     code, error = program(ablation.main, ERRORS, "--seeds", 99)
     assert code == 2 and "--seeds 1 to 20" in error
+    code, error = program(ablation.main, ERRORS, "--labelled", -1)
+    assert code == 2 and "--labelled must be at least 0" in error
+    few = ["--labelled", 2, "--labelled-from", 23, "--seeds", 1, "--results", tmp_path / "r"]
+    code, error = program(ablation.main, ERRORS, *few, "--out", tmp_path / "o")
+    assert code == 2 and "--labelled 2 --labelled-from 23, but there are 24 training" in error
+
+
+def test_the_handler_of_sigterm_is_what_it_was(small, program):
+    before = signal.getsignal(signal.SIGTERM)
+    config = small()
+    ablation.prepare(config)
+    arguments = ["--data", "folder", "--root", config.root, "--steps", 2, "--batch", 2]
+    arguments += ["--crop", 32, "--labelled", 1, "--labelled-from", 0, 1, 0, 1, "--device", "cpu"]
+    arguments += ["--labelled-side", 0, "--results", config.results, "--out", config.out]
+    assert program(ablation.main, ERRORS, *arguments, "--seeds", 1, "--settings", "ensemble") == (
+        0,
+        "",
+    )
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,202 @@
+"""experiments/settings.py: each control is what it says, and nothing else changes."""
+
+import numpy as np
+import pytest
+import torch
+
+from ctclm import CNN, CTCLM, ModelConfig, Transformer
+from data import Dataset, Scene
+from experiments.settings import SETTINGS, Ensemble, FrozenCNN, OneBranch, few_labels
+from support import checkpoint
+from support.cli import UsageError
+from support.layouts import Classes
+
+TINY = ModelConfig(variant="tiny", num_classes=3)
+OTHER = {"transformer": "cnn", "cnn": "transformer"}
+
+
+def batch():
+    images, labels = 255 * torch.rand(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))
+    labels[0, :20] = 255
+    return images, labels
+
+
+def build(name, seed=0):
+    torch.manual_seed(seed)
+    return SETTINGS[name].build(TINY)
+
+
+# --- The list -------------------------------------------------------------------------------------
+
+
+def test_each_setting_is_what_it_says():
+    """Kind of model, branches that learn, and what differs from the method's configuration."""
+    one = {"align": False}
+    mutual = {"transfer": "mutual", "transfer_weight": 0.5}
+    unaligned = {"transfer": "none", "align_weight": 0.0, "region_weight": 0.0}
+    one_way = {"transfer": "cnn_to_transformer", "align": False}
+    both = ["transformer", "cnn"]
+    wanted = {
+        "transformer": (OneBranch, ["transformer"], one),
+        "equal-time": (OneBranch, ["transformer"], one),
+        "cnn": (OneBranch, ["cnn"], one),
+        "mutual": (CTCLM, both, mutual | one),
+        "frozen": (FrozenCNN, ["transformer"], one_way),
+        "one-way": (CTCLM, both, one_way),
+        "selective": (CTCLM, both, one),
+        "decorrelation": (CTCLM, both, unaligned),
+        "full": (CTCLM, both, {}),
+        "constant": (CTCLM, both, mutual),
+        "plain": (CTCLM, both, {"encoder": "plain"}),
+        "twin": (CTCLM, both, {}),
+        "perturbed": (OneBranch, ["transformer"], one),
+        "penalised": (OneBranch, ["transformer"], {}),
+    }
+    found = {}
+    for name in wanted:
+        model = build(name)
+        changed = {k: v for k, v in vars(model.config).items() if v != getattr(TINY, k)}
+        found[name] = (type(model), list(model.branches), changed)
+    assert found == wanted
+    assert set(SETTINGS) - set(wanted) == {"ensemble"} and SETTINGS["ensemble"].build is None
+    assert [setting.number for setting in SETTINGS.values()] == list(range(1, 16))
+
+
+def test_a_second_transformer_is_another_one():
+    model = build("twin")
+    ours, theirs = (branch.stages[0].embed.weight for branch in (model.transformer, model.cnn))
+    assert type(model.cnn) is Transformer and not torch.equal(ours, theirs)
+    assert type(build("full").cnn) is CNN
+    images, labels = batch()
+    assert model.objective(model(images), labels).total.isfinite()
+
+
+def test_decorrelation_only_adds_nothing_but_its_penalty():
+    model, (images, labels) = build("decorrelation"), batch()
+    loss = model.objective(model(images), labels)
+    assert loss.align > 0 and loss.decorrelation > 0  # measured, though not minimised
+    wanted = loss.transformer_ce + loss.cnn_ce + loss.decorrelation
+    torch.testing.assert_close(loss.total, wanted)
+
+
+# --- One branch alone -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["transformer", "cnn"])
+def test_one_branch_has_the_cross_entropy_that_it_has_beside_another(name):
+    both = CTCLM(ModelConfig(variant="tiny", num_classes=3, transfer="none", align=False))
+    alone, (images, labels) = build(name), batch()
+    assert not hasattr(alone, OTHER[name]) and not list(alone.projectors.parameters())
+    alone.branches[name].load_state_dict(both.branches[name].state_dict())
+    wanted = getattr(both.objective(both(images), labels), f"{name}_ce")
+    loss = alone.objective(alone(images), labels)
+    # Two orders of summation in float32.
+    torch.testing.assert_close(loss.total, wanted, rtol=1e-5, atol=1e-6)
+    assert getattr(loss, f"{name}_ce") == loss.total
+    others = [v for k, v in loss._asdict().items() if k not in ("total", f"{name}_ce")]
+    assert len(others) == 7 and not any(others)
+
+
+@pytest.mark.parametrize("name", ["transformer", "cnn"])
+def test_one_branch_with_the_penalty_learns_what_it_does_beside_another(name):
+    """Where nothing is transferred and nothing aligned the other branch makes no difference."""
+    options = {"transfer": "none", "align_weight": 0.0, "region_weight": 0.0}
+    config = ModelConfig(variant="tiny", num_classes=3, decorrelation_weight=3.0, **options)
+    both, alone = CTCLM(config), OneBranch(config, name)
+    alone.branches[name].load_state_dict(both.branches[name].state_dict())
+    alone.projectors.load_state_dict(getattr(both, f"{name}_projectors").state_dict())
+    images, labels = batch()
+    labels[0], labels[1, :20] = 255, 255
+    for model in (both, alone):
+        loss = model.objective(model(images), labels)
+        loss.total.backward()
+    assert loss.decorrelation > 0
+    torch.testing.assert_close(loss.total, getattr(loss, f"{name}_ce") + 3 * loss.decorrelation)
+    pairs = zip(
+        [*alone.branches[name].parameters(), *alone.projectors.parameters()],
+        [*both.branches[name].parameters(), *getattr(both, f"{name}_projectors").parameters()],
+        strict=True,
+    )
+    for ours, theirs in pairs:
+        # The cross entropy is summed in another order; gradients reach 1e-1, most are near 1e-3.
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_all_ignored_is_zero():
+    model, (images, labels) = build("penalised"), batch()
+    loss = model.objective(model(images), torch.full_like(labels, 255))
+    loss.total.backward()
+    assert not any(loss) and not any(p.grad.any() for p in model.parameters())
+
+
+# --- A frozen CNN ---------------------------------------------------------------------------------
+
+
+def save_run(model, path):
+    checkpoint.save({"kind": "ctclm-training", "model": model.state_dict()}, path)
+    return path
+
+
+def test_a_frozen_cnn_teaches_and_does_not_learn(tmp_path):
+    cnn, model, (images, labels) = build("cnn", seed=5), build("frozen"), batch()
+    model.load_cnn(save_run(cnn, tmp_path / "last.pt"))
+    for name, weights in cnn.cnn.state_dict().items():
+        assert torch.equal(model.cnn.state_dict()[name], weights), name
+    loss = model.objective(model(images), labels)
+    loss.total.backward()
+    assert loss.cnn_to_transformer > 0 and loss.transformer_to_cnn == 0
+    assert all(p.grad is None for p in model.cnn.parameters())
+    assert all(p.grad is not None for p in model.transformer.parameters())
+
+
+def test_a_frozen_cnn_must_be_of_the_same_size(tmp_path):
+    path = save_run(build("transformer"), tmp_path / "last.pt")
+    with pytest.raises(checkpoint.CheckpointError, match="last.pt: has no CNN of this size"):
+        build("frozen").load_cnn(path)
+
+
+# --- Neither --------------------------------------------------------------------------------------
+
+
+def test_the_ensembles_probabilities_are_the_mean_of_both():
+    one, other = 30 * torch.randn(2, 2, 6, 4, 4, dtype=torch.float64)  # logits of two branches
+
+    class Says(torch.nn.Module):
+        def __init__(self, logits):
+            super().__init__()
+            self.logits = logits
+
+        def forward(self, images):
+            return self.logits
+
+    mean = (one.softmax(1) + other.softmax(1)) / 2
+    found = Ensemble(Says(one), Says(other))(None).exp()
+    torch.testing.assert_close(found, mean, rtol=1e-12, atol=1e-300)
+
+
+# --- Few labels -----------------------------------------------------------------------------------
+
+
+def three_scenes():
+    rng, scenes = np.random.default_rng(0), []
+    for name in "xyz":
+        label = rng.integers(0, 3, (64, 96)).astype(np.uint8)
+        scenes.append(Scene(name, rng.integers(0, 256, (64, 96, 3), np.uint8), label))
+    return Dataset(Classes(("a", "b", "c"), ((0, 0, 0),) * 3), scenes, [])
+
+
+def test_the_labelled_square_is_in_the_middle():
+    dataset = three_scenes()
+    (scene,) = few_labels(dataset, first=1, count=1, side=40)
+    whole = dataset.scenes[1]
+    assert np.array_equal(scene.label, whole.label[12:52, 28:68])
+    assert np.array_equal(scene.image, whole.image[12:52, 28:68])
+    assert scene.cells.sum((0, 1)).tolist() == np.bincount(scene.label.ravel()).tolist()
+
+
+def test_how_many_scenes_are_labelled():
+    dataset = three_scenes()
+    assert [s.name for s in few_labels(dataset, 0, 0, 0)] == ["x", "y", "z"]
+    assert [s.name for s in few_labels(dataset, 1, 2, 0)] == ["y", "z"]
+    with pytest.raises(UsageError, match="--labelled 2 --labelled-from 2, but there are 3"):
+        few_labels(dataset, 2, 2, 0)
