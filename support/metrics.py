@@ -329,9 +329,10 @@ def _geoseg(name, padding, matrix, classes, clutter) -> Convention:
 def crop_counts(length: int, crop: int) -> np.ndarray:
     """How many of mmsegmentation's crops contain each position of an axis: (length,) int64.
 
-    Crops lie side by side. The last one is moved back to the edge and overlaps its neighbour. The
-    converter's default stride would give more crops, but the files of equal crops overwrite each
-    other, and these remain (tools/dataset_converters/potsdam.py, mmsegmentation 1.2).
+    Crops lie side by side. The last one is moved back to the edge and overlaps its neighbour. This
+    is the grid that its converter writes at its default stride. The converter ignores the stride
+    when it places crops, so that some are equal, and the files of equal crops overwrite each other
+    (tools/dataset_converters/potsdam.py, mmsegmentation 1.2).
     """
     counts = np.zeros(length, np.int64)
     for start in {max(0, min(start, length - crop)) for start in range(0, length, crop)}:
