@@ -126,3 +126,16 @@ class Cache:
         finally:
             temporary.unlink(missing_ok=True)
         return MappedArray(path)
+
+
+class NoCache:
+    """Takes the place of a Cache when there is none: finds nothing, and arrays stay in memory."""
+
+    def name(self, source: Path, what: str) -> str:
+        return source.stem
+
+    def find(self, name: str) -> None:
+        return None
+
+    def store(self, name: str, shape, dtype, blocks: Iterable[np.ndarray]) -> np.ndarray:
+        return np.concatenate([*blocks])
