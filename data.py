@@ -307,7 +307,7 @@ def rare_class_pixels(scenes: list[Scene]) -> list[ClassPixels]:
 def default_rare_class_fraction(scenes: list[Scene]) -> float:
     """0.25 where a class has less than a hundredth of the pixels, but some; else 0.
 
-    On data without so rare a class, windows around rare classes did no good (NOTES.md).
+    On data without so rare a class, windows around rare classes did no good (experiments/NOTES.md).
     """
     total = count_classes(scenes)
     return 0.25 if ((total > 0) & (total < 0.01 * total.sum())).any() else 0.0

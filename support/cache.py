@@ -34,7 +34,7 @@ class MappedArray(np.lib.mixins.NDArrayOperatorsMixin):
 
     So no file stays open: LoveDA has more images than a process may have open files. And no page
     stays resident: a memory map that stays open grows with every pixel that was ever read, up to
-    the size of the whole data set. This costs a sixth of the windows' rate (NOTES.md).
+    the size of the whole data set. This costs a sixth of the windows' rate (experiments/NOTES.md).
     """
 
     def __init__(self, path: Path):
