@@ -44,7 +44,7 @@ import numpy as np
 from PIL import Image
 
 from support import audit, cli, toy
-from support.cache import Cache, MappedArray
+from support.cache import Cache, MappedArray, NoCache
 from support.labels import CELL, MAX_UNKNOWN, ROWS, UNKNOWN, LabelReader, count_cells
 from support.layouts import BANDS, IGNORE, POTSDAM, SPLITS, Classes, SplitFiles, Tile, find_split
 from support.progress import Progress
@@ -106,7 +106,7 @@ def load(
         raise DataError(files.faults[0] + hint)
     reader = SceneReader(
         files,
-        Cache(cache) if cache is not None else None,
+        NoCache() if cache is None else Cache(cache),
         MAX_UNKNOWN if max_unknown is None else max_unknown,
         with_eroded=split != "train",  # eroded labels are for scores only
     )
@@ -154,39 +154,38 @@ class SceneReader:
     """Decodes the files of a split, each at most once if there is a cache."""
 
     files: SplitFiles
-    cache: Cache | None
+    cache: Cache | NoCache
     max_unknown: float  # share of a label's pixels that may have a colour of no class
     with_eroded: bool  # also decode the eroded label where it is another file
 
-    def scene(self, tile: Tile) -> tuple[Scene, list[str]]:
+    def scene(self, tile: Tile) -> tuple[Scene, tuple[str, ...]]:
         """The scene, and what the user should know about its labels."""
         image = self.image(tile.image)
-        label, notes = self.label(tile.label, tile, image.shape), []
-        eroded = label
+        label = self.label(tile.label, tile, image.shape)
+        eroded, notes = label, label.notes
         if tile.eroded != tile.label:
-            wanted = tile.eroded if self.with_eroded else None
-            eroded = self.label(wanted, tile, image.shape)
+            path = tile.eroded if self.with_eroded else None
+            eroded = self.label(path, tile, image.shape)
             notes += eroded.notes
-        scene = Scene(
-            tile.name, image, label.pixels, eroded.pixels, tile.image, tile.domain, label.cells
-        )
-        return scene, [*label.notes, *notes]
+        labels = {"label": label.pixels, "eroded": eroded.pixels, "cells": label.cells}
+        return Scene(tile.name, image, **labels, path=tile.image, domain=tile.domain), notes
 
     def image(self, path: Path) -> Pixels:
         """(H, W, C) uint8."""
-        name = self.cache and self.cache.name(path, "image")
-        if (image := self.find(name)) is not None:
-            return image
-        rows = open_rows(path)
-        return self.store(name, rows.shape, np.uint8, row_blocks(rows))
+        name = self.cache.name(path, "image")
+        image = self.cache.find(name)
+        if image is None:
+            rows = open_rows(path)
+            image = self.cache.store(name, rows.shape, np.uint8, row_blocks(rows))
+        return image
 
     def label(self, path: Path | None, tile: Tile, image_shape) -> DecodedLabel:
         """The classes of a label file; DataError unless it is as large as the image."""
         if path is None:
             return DecodedLabel()
         how = repr((self.files.classes, self.files.encoding, self.max_unknown))
-        name = self.cache and self.cache.name(path, how)
-        pixels, cells = self.find(f"{name}.label"), self.find(f"{name}.cells")
+        name = self.cache.name(path, how)
+        pixels, cells = self.cache.find(f"{name}.label"), self.cache.find(f"{name}.cells")
         if pixels is None or cells is None:
             reader = LabelReader(path, self.files.classes, self.files.encoding)
             check_size(reader.shape, image_shape, path, tile.image)  # before the work
@@ -208,20 +207,9 @@ class SceneReader:
                 yield rows
             reader.check(self.max_unknown)  # before the label gets its name in the cache
 
-        pixels = self.store(f"{name}.label", reader.shape, np.uint8, blocks())
+        pixels = self.cache.store(f"{name}.label", reader.shape, np.uint8, blocks())
         cells = np.concatenate(counts)
-        return pixels, self.store(f"{name}.cells", cells.shape, cells.dtype, [cells])
-
-    def find(self, name: str) -> MappedArray | None:
-        return self.cache.find(name) if self.cache else None
-
-    def store(self, name: str, shape, dtype, blocks) -> Pixels:
-        """The array made of `blocks` of rows: in the cache, or in memory if there is none."""
-        return (
-            self.cache.store(name, shape, dtype, blocks)
-            if self.cache
-            else np.concatenate([*blocks])
-        )
+        return pixels, self.cache.store(f"{name}.cells", cells.shape, cells.dtype, [cells])
 
 
 def row_blocks(source) -> Iterator[np.ndarray]:
@@ -320,7 +308,7 @@ def rare_class_pixels(scenes: list[Scene]) -> list[ClassPixels]:
 def default_rare_class_fraction(scenes: list[Scene]) -> float:
     """0.25 where a class has less than a hundredth of the pixels, but some; else 0.
 
-    On data without so rare a class, windows around rare classes did no good (NOTES.md).
+    On data without so rare a class, windows around rare classes did no good (experiments/NOTES.md).
     """
     total = count_classes(scenes)
     return 0.25 if ((total > 0) & (total < 0.01 * total.sum())).any() else 0.0

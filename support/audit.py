@@ -2,22 +2,23 @@
 
     python data.py audit potsdam --root /data/potsdam
 
-Every file is decoded to its last row, a few rows at a time: a truncated TIFF opens like a whole
-one. Beyond what loading refuses anyway (a missing label, 16 bits, a label of another size, an
-overlay in its place, a value that is no class), the audit finds what trains without complaint and
-is wrong: files of a set that are not there, a tile with nothing but ignored pixels, an image that
-is a label, red and blue swapped.
+Every file is decoded to its last row, a few rows at a time, because a truncated TIFF opens like a
+complete one. Loading refuses a missing label, 16 bits, a label of another size, an overlay instead
+of a label, and a value of no class. The audit reports these too, and also faults with which
+training would run: missing files of the set, a tile whose pixels are all ignored, a label instead
+of an image, red and blue swapped.
 
-Swapped bands leave nothing in a file that says so. What can honestly be told:
+No metadata says that bands are swapped. These are the signs that the audit looks for:
 
 - ISPRS labels: swapped colours turn every building into clutter and every lawn into cars. A tile is
-  suspected when cars cover more than low vegetation, and swapping them back brings its class shares
-  closer to the published ones.
+  suspected when cars cover more than low vegetation, and swapping the colours back brings its class
+  shares closer to the published ones.
 - ISPRS images, over all tiles: with infrared first, low vegetation is brighter in the first band
-  than in the third; in Potsdam's RGB, tiled roofs make buildings redder than blue, and low
-  vegetation is not bluer than red. (In a real piece of tile 2_10 buildings have 127, 96, 78 and low
+  than in the third. In Potsdam's RGB, tiled roofs make buildings redder than blue, and low
+  vegetation is not bluer than red. (In a real crop of tile 2_10, buildings have 127, 96, 78 and low
   vegetation 50, 54, 48.)
-- LoveDA and others: not at all. In two real images of LoveDA buildings are bluer than red.
+- LoveDA and others: there is no such sign. In two real images of LoveDA, buildings are bluer than
+  red.
 
 Letters: H W pixels, C channels, K classes.
 """
@@ -34,15 +35,15 @@ from support.raster import DataError, header, open_rows
 
 # Class shares of Potsdam's 38 tiles, in the order of its classes.
 PUBLISHED = np.array([0.296, 0.257, 0.226, 0.155, 0.018, 0.048])
-BUILDING, LOW, CAR, CLUTTER = 1, 2, 4, 5
-SWAPPED = [0, CLUTTER, CAR, 3, LOW, BUILDING]  # what each class becomes without red for blue
-CLEAR = 5  # grey values by which one band's mean has to exceed another's
-CORNERS = 0.95  # of an image's pixels this close to corners of the colour cube: it is a label
-EVERY = 4  # colours are compared at every fourth pixel of every fourth row
+BUILDING, LOW_VEGETATION, CAR, CLUTTER = 1, 2, 4, 5
+SWAPPED = [0, CLUTTER, CAR, 3, LOW_VEGETATION, BUILDING]  # each class after swapping red and blue
+CLEAR = 5  # grey values by which one band's mean must exceed another's
+CORNERS = 0.95  # an image with more of its pixels within BLURRED of a corner of the cube is a label
+SAMPLING = 4  # colours are compared at every fourth pixel of every fourth row
 
 
-class Row(NamedTuple):
-    """What was seen of one tile."""
+class TileAudit(NamedTuple):
+    """The findings about one tile."""
 
     split: str
     tile: Tile
@@ -57,7 +58,7 @@ class Row(NamedTuple):
 class Audit(NamedTuple):
     data: str
     classes: tuple[str, ...]
-    rows: list[Row]
+    rows: list[TileAudit]
     faults: list[str]  # training would be wrong
     notes: list[str]
 
@@ -65,7 +66,7 @@ class Audit(NamedTuple):
 def examine(
     data: str, root: Path, splits, tiles=(), bands: str | None = None, max_unknown=MAX_UNKNOWN
 ) -> Audit:
-    """Everything about these splits. What is missing from `test` alone does not spoil training.
+    """Decode and check everything in these splits. Files missing from `test` are notes, not faults.
 
     Raises DataError when `root` is no folder.
     """
@@ -74,18 +75,18 @@ def examine(
     rows, faults, notes, names = [], [], [], ()
     for split in splits:
         try:
-            found = find_split(data, root, split, tiles, bands)
+            files = find_split(data, root, split, tiles, bands)
         except DataError as error:
             (notes if split == "test" else faults).append(str(error))
             continue
-        names = found.classes.names
-        faults += found.faults
-        notes += found.notes
-        (notes if split == "test" else faults).extend(found.gaps)
+        names = files.classes.names
+        faults += files.faults
+        notes += files.notes
+        (notes if split == "test" else faults).extend(files.gaps)
         with Progress(f"auditing {split}") as progress:
-            for index, tile in enumerate(found.tiles):
-                rows.append(examine_tile(split, tile, found, max_unknown))
-                progress((index + 1) / len(found.tiles))
+            for index, tile in enumerate(files.tiles):
+                rows.append(examine_tile(split, tile, files, max_unknown))
+                progress((index + 1) / len(files.tiles))
         of_split = [row for row in rows if row.split == split]
         faults += [fault for row in of_split for fault in row.faults]
         total = sum(row.pixels for row in of_split)[: len(names)]
@@ -95,43 +96,35 @@ def examine(
             if total.any() and not pixels
         ]
     if data in ("potsdam", "vaihingen") and rows:
-        faults += swapped_images(rows, found.bands)
+        faults += swapped_images(rows, files.bands)
     if len({row.sums.shape for row in rows if row.counts.any()}) > 1:
         faults.append(f"{root}: some images have {min(BANDS.values())} bands and some have more")
-    faults = [*dict.fromkeys(faults)]  # a sentence may be due to several splits
+    faults = [*dict.fromkeys(faults)]  # several splits may give the same sentence
     return Audit(data, names, rows, faults, [n for n in dict.fromkeys(notes) if n not in faults])
 
 
-def examine_tile(split: str, tile: Tile, found: SplitFiles, max_unknown: float) -> Row:
-    faults, K = [], len(found.classes.names)
-    image = examine_image(tile.image, found.bands, faults)
-    label, pixels = examine_label(tile.label, found, max_unknown, faults)
+def examine_tile(split: str, tile: Tile, files: SplitFiles, max_unknown: float) -> TileAudit:
+    faults, K = [], len(files.classes.names)
+    image = examine_image(tile.image, files.bands, faults)
+    label, pixels = examine_label(tile.label, files, max_unknown, faults)
     if tile.eroded not in (None, tile.label) and split != "train":
-        eroded, _ = examine_label(tile.eroded, found, max_unknown, faults)
+        eroded, _ = examine_label(tile.eroded, files, max_unknown, faults)
         compare_sizes(tile.image, tile.eroded, faults)
     sums, counts = np.zeros((K, 1 if image is None else image.shape[2])), np.zeros(K, int)
     if label is not None:
         if not pixels[:K].any():
             faults.append(f"{tile.label}: every pixel is ignored, there is nothing to learn from")
-        if found.encoding.coloured and (fault := swapped_label(tile.label, pixels[:K])):
+        if files.encoding.coloured and (fault := swapped_label(tile.label, pixels[:K])):
             faults.append(fault)
         if compare_sizes(tile.image, tile.label, faults) and image is not None:
             for k in range(K):
                 sums[k], counts[k] = image[label == k].sum(0, dtype=float), (label == k).sum()
-    return Row(
-        split,
-        tile,
-        describe_file(tile.image),
-        describe_file(tile.label),
-        pixels,
-        sums,
-        counts,
-        faults,
-    )
+    described = describe_file(tile.image), describe_file(tile.label)
+    return TileAudit(split, tile, *described, pixels, sums, counts, faults)
 
 
 def describe_file(path: Path | None) -> str:
-    """A file's own word on its pixels, for the table."""
+    """A file's size, mode, bands and bits, for the table."""
     if path is None:
         return "missing"
     try:
@@ -144,7 +137,7 @@ def describe_file(path: Path | None) -> str:
 def compare_sizes(image: Path, label: Path, faults: list[str]) -> bool:
     try:
         sizes = [f"{h.width} x {h.height}" for h in (header(label), header(image))]
-    except DataError:  # said already
+    except DataError:  # already reported
         return False
     if sizes[0] != sizes[1]:
         faults.append(f"{label}: is {sizes[0]} pixels, but its image {image} {sizes[1]}")
@@ -152,13 +145,15 @@ def compare_sizes(image: Path, label: Path, faults: list[str]) -> bool:
 
 
 def examine_image(path: Path, bands: str, faults: list[str]) -> np.ndarray | None:
-    """A small copy (H / EVERY, W / EVERY, C), if the file is a photograph to its end."""
+    """A subsampled copy (H / SAMPLING, W / SAMPLING, C); None, and a fault, if it is no photo."""
     try:
         rows = open_rows(path)
         H, W, C = rows.shape
         if bands and C != BANDS[bands]:
             raise DataError(f"{path}: has {C} bands, but {bands} has {BANDS[bands]}")
-        small = [rows.read(top, min(top + ROWS, H))[::EVERY, ::EVERY] for top in range(0, H, ROWS)]
+        small = [
+            rows.read(top, min(top + ROWS, H))[::SAMPLING, ::SAMPLING] for top in range(0, H, ROWS)
+        ]
         small = np.concatenate(small)
         if (small == small[0, 0]).all():
             raise DataError(f"{path}: all of it has one colour, {tuple(small[0, 0].tolist())}")
@@ -170,19 +165,19 @@ def examine_image(path: Path, bands: str, faults: list[str]) -> np.ndarray | Non
     return small
 
 
-def examine_label(path: Path | None, found: SplitFiles, max_unknown: float, faults: list[str]):
-    """A small copy (H / EVERY, W / EVERY), if there is one, and the pixels of each class,
-    ignored, and of no class (K + 2,)."""
-    K = len(found.classes.names)
+def examine_label(path: Path | None, files: SplitFiles, max_unknown: float, faults: list[str]):
+    """A subsampled copy (H / SAMPLING, W / SAMPLING) or None, and the numbers of pixels of each
+    class, ignored, and of no class (K + 2,)."""
+    K = len(files.classes.names)
     counts = np.zeros(256, np.int64)
     small = []
     if path is not None:
         try:
-            reader = LabelReader(path, found.classes, found.encoding)
+            reader = LabelReader(path, files.classes, files.encoding)
             for top in range(0, reader.shape[0], ROWS):
                 label = reader.read(top, min(top + ROWS, reader.shape[0]))
                 counts += np.bincount(label.ravel(), minlength=256)
-                small.append(label[::EVERY, ::EVERY])
+                small.append(label[::SAMPLING, ::SAMPLING])
             reader.check(max_unknown)
         except DataError as error:
             faults.append(str(error))
@@ -199,21 +194,22 @@ def swapped_label(path: Path, pixels: np.ndarray) -> str | None:
         return None
     shares = pixels / pixels.sum()
     as_it_is, swapped = (abs(s - PUBLISHED).sum() for s in (shares, shares[SWAPPED]))
-    if shares[CAR] <= shares[LOW] or as_it_is <= swapped:
+    car, low_vegetation = shares[CAR], shares[LOW_VEGETATION]
+    if car <= low_vegetation or as_it_is <= swapped:
         return None
     return (
-        f"{path}: red and blue look swapped: {shares[CAR]:.0%} would be cars, {shares[LOW]:.0%} "
+        f"{path}: red and blue look swapped: {car:.0%} would be cars, {low_vegetation:.0%} "
         f"low vegetation, {shares[CLUTTER]:.0%} clutter and {shares[BUILDING]:.0%} buildings"
     )
 
 
-def swapped_images(rows: list[Row], bands: str) -> list[str]:
-    """Over all tiles: one tile may have blue roofs or brown grass."""
-    seen = [row for row in rows if row.counts[LOW] and row.counts[BUILDING]]
+def swapped_images(rows: list[TileAudit], bands: str) -> list[str]:
+    """Faults, judged over all tiles, because a single one may have blue roofs or brown grass."""
+    seen = [row for row in rows if row.counts[LOW_VEGETATION] and row.counts[BUILDING]]
     if not seen:
         return []
     sums, counts = sum(row.sums for row in seen), sum(row.counts for row in seen)
-    lawn, roof = (sums[k] / counts[k] for k in (LOW, BUILDING))
+    lawn, roof = (sums[k] / counts[k] for k in (LOW_VEGETATION, BUILDING))
     if bands == "irrg" and lawn[2] > lawn[0] + CLEAR:
         what = f"low vegetation has {lawn[0]:.0f} in the first band and {lawn[2]:.0f} in the third"
     elif bands != "irrg" and roof[2] > roof[0] + CLEAR and lawn[2] >= lawn[0]:
@@ -223,7 +219,7 @@ def swapped_images(rows: list[Row], bands: str) -> list[str]:
     return [f"{rows[0].tile.image.parent}: the first and third band look swapped: {what}"]
 
 
-# --- Saying it ----------------------------------------------------------------------------------
+# --- The report ---------------------------------------------------------------------------------
 
 
 def report(audit: Audit) -> int:
@@ -242,7 +238,7 @@ def report(audit: Audit) -> int:
 
 
 def table(audit: Audit) -> list[str]:
-    """A line per tile and one per split; shares in per cent of the label's pixels."""
+    """A line per tile and one per split, with class shares in per cent of the label's pixels."""
     columns = ("split", "tile", "image", "label", "eroded")
     shares = [name[:7] for name in audit.classes] + ["ignored", "unknown"]
     lines = [(columns, [f"{share:>7}" for share in shares])]

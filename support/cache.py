@@ -1,14 +1,16 @@
-"""Decoded arrays on disk: made once, whole or not at all, read a piece at a time.
+"""Decoded arrays on disk: written once, completely or not at all, and read piece by piece.
 
     cache = Cache(Path("runs/potsdam/cache"))
-    name = cache.name(source, "image")                  # changes when the source file does
-    image = cache.find(name) or cache.store(name, shape, blocks)     # a MappedArray
+    name = cache.name(source, "image")                  # changes when the source file changes
+    image = cache.find(name)                            # a MappedArray, or None
+    image = cache.store(name, shape, dtype, blocks)     # writes blocks of rows -> MappedArray
     image[1000:1512, 2000:2512]                         # reads these pixels, and no others
 
-Any number of processes may share a folder: a file is written under a name of its own and renamed
-when it is complete, so a name in use is always a whole array, and who comes second replaces it by
-the same bytes. An interrupted decode removes its file; what a killed process left is removed by a
-later one. Nothing else is ever removed: delete the folder when no run needs it.
+Any number of processes may share a folder. A file is written under a temporary name and renamed
+when it is complete, so a file with its final name is always a complete array. A second process that
+writes the same name replaces it by the same bytes. An interrupted decode removes its temporary
+file. What a killed process left is removed by a later one. Nothing else is ever removed: delete the
+folder when no run needs it.
 """
 
 import errno
@@ -23,16 +25,16 @@ import numpy as np
 
 from support.raster import DataError
 
-VERSION = 1  # of what is decoded: a change makes older files unknown
-ABANDONED = 600  # seconds since the last byte was written to a temporary file
+VERSION = 1  # of the decoding: files of an older version are not found
+ABANDONED = 600  # a temporary file that nobody has written to for so many seconds is removed
 
 
 class MappedArray(np.lib.mixins.NDArrayOperatorsMixin):
-    """An array in a .npy file; every access maps it anew and reads what it asks for.
+    """An array in a .npy file. Every access maps the file again and reads the part asked for.
 
-    So no file stays open (LoveDA has more images than a process may have open files) and no page
-    stays resident: a memory map that is kept grows with every pixel that was ever touched, to the
-    size of the whole data set. It costs a sixth of the windows' rate (NOTES.md).
+    So no file stays open: LoveDA has more images than a process may have open files. And no page
+    stays resident: a memory map that stays open grows with every pixel that was ever read, up to
+    the size of the whole data set. This costs a sixth of the windows' rate (experiments/NOTES.md).
     """
 
     def __init__(self, path: Path):
@@ -45,7 +47,7 @@ class MappedArray(np.lib.mixins.NDArrayOperatorsMixin):
         self.size = int(np.prod(self.shape))
         self.ndim = len(self.shape)
         if path.stat().st_size != self.offset + self.size * self.dtype.itemsize:
-            raise ValueError(f"{path} is not whole")
+            raise ValueError(f"{path} is not complete")
 
     def open(self) -> np.ndarray:
         try:
@@ -83,25 +85,25 @@ class Cache:
                 pass
 
     def name(self, source: Path, what: str) -> str:
-        """Of the file for `source` as it is now; `what` says how it was decoded."""
+        """The name for `source` as it is now, decoded as `what` says."""
         status, path = source.stat(), source.resolve()
         key = (str(path), status.st_size, status.st_mtime_ns, what, VERSION)
         return f"{source.stem}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
 
     def find(self, name: str) -> MappedArray | None:
-        """The array, if it is here and whole."""
+        """The array, if it is here and complete."""
         try:
             return MappedArray(self.folder / f"{name}.npy")
         except (FileNotFoundError, ValueError, KeyError):
             return None
 
     def store(self, name: str, shape, dtype, blocks: Iterable[np.ndarray]) -> MappedArray:
-        """Write the blocks one below the other. What interrupts them leaves nothing behind."""
+        """Write the blocks one below the other. An exception leaves nothing behind."""
         path = self.folder / f"{name}.npy"
         temporary = self.folder / f".{name}.{uuid.uuid4().hex}.tmp"
         try:
             with open(temporary, "wb") as file:
-                # Ordinary writes: on a full disk a memory map would end the process by a signal.
+                # Ordinary writes: on a full disk, writing to a memory map ends the process.
                 header = {"shape": shape, "fortran_order": False, "descr": np.dtype(dtype).str}
                 np.lib.format.write_array_header_1_0(file, header)
                 for block in blocks:
@@ -124,3 +126,16 @@ class Cache:
         finally:
             temporary.unlink(missing_ok=True)
         return MappedArray(path)
+
+
+class NoCache:
+    """Takes the place of a Cache when there is none: finds nothing, and arrays stay in memory."""
+
+    def name(self, source: Path, what: str) -> str:
+        return source.stem
+
+    def find(self, name: str) -> None:
+        return None
+
+    def store(self, name: str, shape, dtype, blocks: Iterable[np.ndarray]) -> np.ndarray:
+        return np.concatenate([*blocks])

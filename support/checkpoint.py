@@ -1,7 +1,10 @@
-"""Checkpoints that survive: written whole or not at all, and looked at before they are believed.
+"""Checkpoints: written completely or not at all, and checked before they are used.
 
-`torch.save` straight to its final name leaves half a file when the process is killed or the disk
-fills up. Here the bytes go to a temporary file, reach the disk, and only then take the name.
+    checkpoint.save({"kind": "ctclm-training", "model": state, ...}, path)
+    contents = checkpoint.read(path, "ctclm-training")
+
+`torch.save` straight to the final name leaves half a file when the process is killed or the disk
+fills up. Here the bytes go to a temporary file. Once they are on the disk it is renamed.
 """
 
 import os
@@ -19,10 +22,10 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def atomic_write(path: Path):
-    """A file, open for writing, that takes the name `path` when the block ends without exception.
+    """A file, open for writing, that gets the name `path` when the block ends without exception.
 
-    Until then it is a temporary one beside it: an interrupted run leaves nothing that looks whole,
-    and `path` is either the old file or the new one.
+    Until then it is a temporary file beside `path`. So `path` is always either the complete old
+    file or the complete new one, also after an interruption.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -41,7 +44,7 @@ def atomic_write(path: Path):
 
 
 def save(contents: dict, path: Path) -> None:
-    """Write `contents` (plain types and tensors) so that `path` is either the old or the new."""
+    """Write `contents` (plain types and tensors); an interruption leaves the old file."""
     with atomic_write(path) as file:
         torch.save(contents, file)
 
@@ -49,15 +52,15 @@ def save(contents: dict, path: Path) -> None:
 def read(path: Path, kind: str) -> dict:
     """The dict that `save` wrote, on the CPU, after checking it. `kind` is its "kind" entry.
 
-    Raises CheckpointError for a missing or damaged file, one that is not ours, or weights that are
-    not finite. Only tensors and plain types are ever unpickled (weights_only=True).
+    Raises CheckpointError when the file is missing, damaged or not ours, or when weights are not
+    finite. Only tensors and plain types are ever unpickled (weights_only=True).
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
+            damaged = archive.testzip()  # torch.load does not check the checksums
         contents = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, EOFError):
         raise CheckpointError(f"{path}: not a checkpoint (or a truncated one)") from None

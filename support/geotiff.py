@@ -1,10 +1,10 @@
-"""What is made from an image, written by rows, at the image's own place on the ground.
+"""Maps written row by row, with the georeference of the image they were made from.
 
     with create("map.tif", (H, W), colours, georeference("scene.tif")) as file:
         file.append(rows)                       # (any number, W) uint8, from top to bottom
 
-Memory is a strip of rows. GeoTIFF tags and world files of the image are carried as they are: a
-map has the image's pixels.
+Only one TIFF strip of rows is in memory at a time. A map has the same pixel grid as its image, so
+the image's GeoTIFF tags and world files are copied without change.
 """
 
 import struct
@@ -38,10 +38,10 @@ from support.raster import (
 
 # --- Georeference -------------------------------------------------------------------------------
 
-# Pixel scale, tie points, transformation, keys, and the keys' numbers and texts. Not 42113, the
-# image's no-data value, which means nothing in a map of classes.
+# Pixel scale, tie points, transformation, keys, and the keys' numbers and texts. Tag 42113, the
+# image's no-data value, is left out: in a class map this value would be a class.
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
-WORLD_FILES = {  # the endings in use for each format; .wld and .prj go with any
+WORLD_FILES = {  # the endings in use for each format
     "TIFF": (".tfw", ".tifw", ".tiffw", ".wld", ".prj"),
     "PNG": (".pgw", ".pngw", ".wld", ".prj"),
     "JPEG": (".jgw", ".jpgw", ".jpegw", ".wld", ".prj"),
@@ -49,14 +49,14 @@ WORLD_FILES = {  # the endings in use for each format; .wld and .prj go with any
 
 
 class Georeference(NamedTuple):
-    """Where an image lies: its GeoTIFF tags, and the files beside it by their ending."""
+    """Where an image lies on the ground: its GeoTIFF tags, and side files by their ending."""
 
     tags: Tags
     files: dict[str, bytes]
 
 
 def georeference(path: Path) -> Georeference:
-    """What `path` and the files beside it say about its place; empty when they say nothing."""
+    """The georeference of `path` and of the side files with its name; empty when there is none."""
     path, form, files = Path(path), header(path).format, {}
     for side in sorted(path.parent.glob(f"{escape(path.stem)}.*")):
         if side.stem == path.stem and side.suffix.lower() in WORLD_FILES[form]:
@@ -66,7 +66,7 @@ def georeference(path: Path) -> Georeference:
 
 
 def save_side_files(place: Georeference, path: Path) -> None:
-    """The side files under the name of `path` and the ending its format has for them."""
+    """Write the side files under the name of `path`, with the ending that its format uses."""
     world = {".tif": ".tfw", ".png": ".pgw"}[Path(path).suffix]
     for ending, content in place.files.items():
         ending = ending if ending in (".wld", ".prj") else world
@@ -78,9 +78,9 @@ def save_side_files(place: Georeference, path: Path) -> None:
 
 @contextmanager
 def create(path: Path, shape, colours=None, place: Georeference | None = None):
-    """A Writer of a new .tif or .png of one band of 8 bits, shape (H, W), in a `with` block.
+    """In a `with` block, a Writer of a new .tif or .png of one band of 8 bits, shape (H, W).
 
-    `colours` make it a palette image, without them it is grey; `place` is carried along.
+    With `colours` it is a palette image, without them a grey one. It gets the georeference `place`.
     """
     kind = {".tif": TiffWriter, ".png": PngWriter}[Path(path).suffix]
     place = place or Georeference({}, {})
@@ -94,12 +94,12 @@ def create(path: Path, shape, colours=None, place: Georeference | None = None):
 
 
 class Writer:
-    """What `create` gives: `append` takes the rows from top to bottom."""
+    """Writes an image row by row: `append` takes the rows from top to bottom."""
 
     def __init__(self, file, path: Path, shape, colours, tags: Tags):
         self.file, self.path, (self.height, self.width) = file, path, shape
         self.colours, self.tags = colours, tags
-        self.rows = 0  # so far
+        self.rows = 0  # written so far
         self.start()
 
     def append(self, rows: np.ndarray) -> None:
@@ -110,26 +110,26 @@ class Writer:
         self.write(rows)
 
 
-STRIP = 2**18  # bytes in a strip before it is compressed
+STRIP_SIZE = 2**18  # bytes in a strip before it is compressed
 
 
 class TiffWriter(Writer):
     """Strips of rows, each compressed with deflate; the directory comes last."""
 
     def start(self) -> None:
-        if self.height * self.width >= 2**32 - 2**26:  # what deflate cannot shrink grows a little
+        if self.height * self.width >= 2**32 - 2**26:  # noise grows a little when it is deflated
             raise DataError(f"{self.path}: would not fit into the 4 GiB of a TIFF")
-        self.strip = max(1, STRIP // self.width)  # rows
+        self.rows_per_strip = max(1, STRIP_SIZE // self.width)
         self.offsets, self.sizes, self.waiting = [], [], np.empty((0, self.width), np.uint8)
         self.file.write(tiff_file_header(0))
 
     def write(self, rows: np.ndarray) -> None:
         self.waiting = np.concatenate([self.waiting, rows])
-        while len(self.waiting) >= self.strip:
+        while len(self.waiting) >= self.rows_per_strip:
             self.write_strip()
 
     def write_strip(self) -> None:
-        rows, self.waiting = self.waiting[: self.strip], self.waiting[self.strip :]
+        rows, self.waiting = np.split(self.waiting, [self.rows_per_strip])
         self.offsets.append(self.file.tell())
         self.sizes.append(self.file.write(zlib.compress(rows)))
 
@@ -143,17 +143,15 @@ class TiffWriter(Writer):
             COMPRESSION: (3, (8,)),
             PHOTOMETRIC: (3, (3 if self.colours else 1,)),
             BANDS: (3, (1,)),
-            ROWS_PER_STRIP: (4, (self.strip,)),
+            ROWS_PER_STRIP: (4, (self.rows_per_strip,)),
             STRIP_OFFSETS: (4, tuple(self.offsets)),
             STRIP_BYTES: (4, tuple(self.sizes)),
         }
         if self.colours:
             palette = np.zeros((256, 3), np.uint16)
             palette[: len(self.colours)] = self.colours
-            tags[PALETTE] = (
-                3,
-                tuple((257 * palette.T.ravel()).tolist()),
-            )  # all reds, greens, blues
+            values = 257 * palette.T.ravel()  # all reds, all greens, all blues, in 16 bits
+            tags[PALETTE] = (3, tuple(values.tolist()))
         self.file.write(b"\0" * (self.file.tell() % 2))
         offset = self.file.tell()
         self.file.write(tiff_directory(tags, offset))
@@ -162,7 +160,7 @@ class TiffWriter(Writer):
 
 
 class PngWriter(Writer):
-    """One stream of deflate, cut into a chunk for every call."""
+    """One deflate stream, of which every call writes a PNG chunk."""
 
     def start(self) -> None:
         self.deflate = zlib.compressobj()
@@ -174,7 +172,7 @@ class PngWriter(Writer):
             self.write_chunk(b"PLTE", np.array(self.colours, np.uint8).tobytes())
 
     def write(self, rows: np.ndarray) -> None:
-        lines = np.pad(rows, ((0, 0), (1, 0)))  # each line begins with its filter, 0: none
+        lines = np.pad(rows, ((0, 0), (1, 0)))  # each line begins with its filter type, 0: none
         if data := self.deflate.compress(lines.tobytes()):
             self.write_chunk(b"IDAT", data)
 

@@ -1,15 +1,15 @@
-"""Where each publisher puts what: classes, splits, and the files of a split. Decodes nothing.
+"""The published data sets: their classes, their splits, and the files of a split.
 
-    found = find_split("potsdam", Path("/data/potsdam"), "train")
-    for tile in found.tiles: print(tile.name, tile.image, tile.label)
+    files = find_split("potsdam", Path("/data/potsdam"), "train")
+    for tile in files.tiles: print(tile.name, tile.image, tile.label)
 
-`root` is the folder as it was unpacked, with the archives' own sub-folders or without them: files
-are known by the pattern of their base names (ISPRS) or by the last folders of their path (LoveDA).
-Splits are constants with their source. Nothing is guessed: two different files that claim to be the
-same thing are an error that names both, and what is not there is said.
+Nothing is decoded here. `root` is the folder as it was unpacked, with or without the sub-folders of
+the archives: files are found by the pattern of their base names (ISPRS) or by the last folders of
+their path (LoveDA). Splits are constants with their source. Nothing is guessed: where two different
+files claim to be the same tile, the error names both, and missing files are reported.
 
-What stands between the files and good training comes in three kinds:
-`faults` forbid it, `gaps` are files that a complete set would have, `notes` are worth knowing.
+Problems with the files are of three kinds. `faults` forbid training, `gaps` are missing files that
+a complete set would have, and `notes` are worth knowing.
 """
 
 import colorsys
@@ -31,11 +31,11 @@ class Classes(NamedTuple):
 
 
 class LabelEncoding(NamedTuple):
-    """How label files say which class a pixel has."""
+    """How label files say which class a pixel has: by a colour or by an index."""
 
-    coloured: bool  # by the classes' colours, or else by an index
-    first: int = 0  # the index of class 0
-    ignore: int = IGNORE  # the index that does not count
+    coloured: bool  # by the colours of the classes; otherwise by an index
+    first_index: int = 0  # the index of class 0
+    ignore_index: int = IGNORE  # the index of pixels without a class
 
 
 class Tile(NamedTuple):
@@ -49,9 +49,11 @@ class Tile(NamedTuple):
 
 
 class SplitFiles(NamedTuple):
+    """The files of one split, how to read them, and what is wrong with them."""
+
     classes: Classes
     encoding: LabelEncoding
-    bands: str  # of the images: "rgb", "irrg", "rgbir"; "" where only the files tell
+    bands: str  # of the images: "rgb", "irrg", "rgbir"; "" where it is not known before decoding
     tiles: list[Tile]
     faults: list[str]
     gaps: list[str]
@@ -61,7 +63,7 @@ class SplitFiles(NamedTuple):
 # --- What is published --------------------------------------------------------------------------
 
 SPLITS = ("train", "val", "test")
-BANDS = {"rgb": 3, "irrg": 3, "rgbir": 4}  # in the order of preference; ir: near infrared
+BANDS = {"rgb": 3, "irrg": 3, "rgbir": 4}  # how many; in order of preference; ir: near infrared
 
 POTSDAM = Classes(
     ("impervious", "building", "low vegetation", "tree", "car", "clutter"),
@@ -69,16 +71,16 @@ POTSDAM = Classes(
     clutter=5,
 )
 # ISPRS 2D Semantic Labeling Contest, Potsdam: 24 tiles came with labels, 14 were the test set.
-# 7_10 has wrong annotations and is left out (as GeoSeg does); --train-tiles can ask for it. The
-# publisher gives no validation set; we chose one tile of each of six rows, so that models are never
-# selected on test.
+# 7_10 has wrong annotations. We leave it out, as GeoSeg does; --train-tiles can ask for it. The
+# publisher gives no validation set. We chose one tile from each of the six rows, so that no model
+# is ever selected on the test set.
 POTSDAM_TILES = {
     "train": "2_10 2_12 3_10 3_11 4_11 4_12 5_10 5_11 6_7 6_8 6_9 6_10 6_11 7_7 7_9 7_11 7_12",
     "val": "2_11 3_12 4_10 5_12 6_12 7_8",
     "test": "2_13 2_14 3_13 3_14 4_13 4_14 4_15 5_13 5_14 5_15 6_13 6_14 6_15 7_13",
 }
-# ISPRS 2D Semantic Labeling Contest, Vaihingen: 33 areas, the 17 test areas as in GeoSeg and
-# mmsegmentation. We chose every fourth of the 16 others to validate on.
+# ISPRS 2D Semantic Labeling Contest, Vaihingen: 33 areas. The 17 test areas are those of GeoSeg and
+# mmsegmentation. We chose every fourth of the other 16 for validation.
 VAIHINGEN_TILES = {
     "train": "1 3 5 11 13 15 21 23 26 30 32 34",
     "val": "7 17 28 37",
@@ -101,9 +103,9 @@ LOVEDA_IMAGES = {"train": 2522, "val": 1669, "test": 1796}  # Wang et al., NeurI
 
 
 class Isprs(NamedTuple):
-    """One of the two ISPRS data sets: how its files are called and what belongs together."""
+    """One of the two ISPRS data sets: the names of its files, and its splits."""
 
-    pattern: re.Pattern  # of a base name: groups tile, kind (when the name tells), eroded
+    pattern: re.Pattern  # of a base name, with groups `tile`, `eroded` and (Potsdam only) `kind`
     example: str
     splits: dict[str, str]
 
@@ -126,8 +128,9 @@ ISPRS = {
         VAIHINGEN_TILES,
     ),
 }
-# Vaihingen's labels have the names of their images; the publisher's folders are `top` for images,
-# `gts_for_participants` and `..._ground_truth_[eroded_]COMPLETE` for labels.
+# Vaihingen's labels have the same names as their images, so the folder must tell them apart. The
+# publisher's folders are `top` for images, and `gts_for_participants` and
+# `..._ground_truth_[eroded_]COMPLETE` for labels.
 LABEL_FOLDER = re.compile(r"gts|ground_?truth|labels?(?!ing)|masks?", re.IGNORECASE)
 
 
@@ -135,10 +138,10 @@ LABEL_FOLDER = re.compile(r"gts|ground_?truth|labels?(?!ing)|masks?", re.IGNOREC
 
 
 def find_split(data: str, root: Path, split: str, tiles=(), bands: str | None = None) -> SplitFiles:
-    """The files of one split. `tiles` names the scenes to take instead of the split's; `bands` is
-    one of BANDS, or None for the first of them that is there.
+    """The files of one split.
 
-    Raises DataError when there is nothing to work with.
+    `tiles` names the scenes to take instead of the split's. `bands` is one of BANDS, or None for
+    the first of them that is there. Raises DataError when there is no image to work with.
     """
     root, tiles = Path(root), tuple(tiles)
     if not root.is_dir():
@@ -149,7 +152,7 @@ def find_split(data: str, root: Path, split: str, tiles=(), bands: str | None = 
 
 
 def find_isprs(data: str, root: Path, split: str, tiles: tuple[str, ...], bands) -> SplitFiles:
-    """Tiles by the pattern of their base name, wherever in `root` they are."""
+    """Tiles by the pattern of their base name, at any depth below `root`."""
     isprs = ISPRS[data]
     files = defaultdict(list)  # (tile, kind) -> paths
     for path in files_below(root, "*.[tT][iI][fF]*"):
@@ -202,15 +205,15 @@ def find_isprs(data: str, root: Path, split: str, tiles: tuple[str, ...], bands)
 
 
 def files_below(root: Path, pattern: str) -> list[Path]:
-    """Matches at any depth; links to folders are followed where they lie in `root` itself."""
+    """Matches at any depth. Of links to folders, those that lie in `root` itself are followed."""
     links = [path for path in root.iterdir() if path.is_symlink() and path.is_dir()]
     return sorted({match for folder in (root, *links) for match in folder.rglob(pattern)})
 
 
 def choose_copy(paths: list[Path] | None, tile: str, faults: list[str]) -> Path | None:
-    """The file, where copies of it may lie in several folders; one of another size is a fault.
+    """One of the copies of a file, which may lie in several folders. Another size is a fault.
 
-    Potsdam's labels come twice, in 5_Labels_all and 5_Labels_for_participants: the former first.
+    Potsdam's labels come twice, in 5_Labels_all and 5_Labels_for_participants. The former is taken.
     """
     if not paths:
         return None
@@ -224,7 +227,7 @@ def choose_copy(paths: list[Path] | None, tile: str, faults: list[str]) -> Path 
 
 
 def archives_hint(root: Path) -> str:
-    """A hint for messages on missing files: archives that may still hold them."""
+    """A hint for messages about missing files: the archives that may still hold them."""
     archives = sorted(path.name for path in files_below(root, "*.zip"))
     return f" (perhaps still packed in {', '.join(archives)})" if archives else ""
 
@@ -257,12 +260,18 @@ def find_loveda(root: Path, split: str, tiles: tuple[str, ...]) -> SplitFiles:
         masks = {path.name for path in folder.parent.glob("masks_png/*.png")}
         gaps += masks_without_image(folder, masks, {path.name for path in folder.glob("*.png")})
     return SplitFiles(
-        LOVEDA, LabelEncoding(False, first=1, ignore=0), "rgb", result, faults, gaps, []
+        LOVEDA,
+        LabelEncoding(coloured=False, first_index=1, ignore_index=0),
+        "rgb",
+        result,
+        faults,
+        gaps,
+        [],
     )
 
 
 def find_folder(root: Path, split: str, tiles: tuple[str, ...]) -> SplitFiles:
-    """Anyone's own data, in the layout that data.py describes."""
+    """Anyone's own data, in the layout that the docstring of data.py describes."""
     classes, ignore = read_classes(root / "classes.json")
     folder = root / split / "images"
     if not folder.is_dir():
@@ -276,11 +285,13 @@ def find_folder(root: Path, split: str, tiles: tuple[str, ...]) -> SplitFiles:
             faults.append(f"{path}: has no mask (looked for it in {root / split / 'masks'})")
         result.append(Tile(path.stem, path, masks.get(path.stem)))
     gaps = masks_without_image(folder, set(masks), set(images))
-    return SplitFiles(classes, LabelEncoding(False, ignore=ignore), "", result, faults, gaps, [])
+    return SplitFiles(
+        classes, LabelEncoding(coloured=False, ignore_index=ignore), "", result, faults, gaps, []
+    )
 
 
 def images_by_stem(folder: Path, faults: list[str]) -> dict[str, Path]:
-    """The images in a folder by name without ending, which pairs an image with its mask."""
+    """The images in a folder by their name without ending, which pairs an image with its mask."""
     files = {}
     for path in sorted(folder.glob("[!.]*")):
         if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".tif", ".tiff"):

@@ -1,4 +1,4 @@
-"""Scores of a class map: one confusion matrix per data set, every published convention from it.
+"""Scores of a class map: one confusion matrix per data set, and every convention derived from it.
 
     matrix = torch.zeros(K, K, dtype=torch.int64)
     for prediction, label in scenes:                    # class indices (H, W); 255 is ignored
@@ -7,21 +7,21 @@
     scores(matrix, classes=(0, 1, 2, 3, 4))             # the same, averaged over five classes
     conventions(matrix, eroded=eroded_matrix, clutter=5)        # what each community would report
 
-Papers on ISPRS Potsdam agree on the formulas and differ in the pixels (full labels, or labels
-eroded around every boundary) and in the classes that are averaged (with or without clutter): the
-same map scores 78 or 86 % mIoU. So pixels are counted once, over the whole data set and never per
-image, and `conventions` names each choice in words.
+Papers on ISPRS Potsdam use the same formulas but other pixels (full labels, or labels eroded around
+every boundary) and other classes in the mean (with or without clutter). The same map scores 78 or
+86 % mIoU. So pixels are counted once, over the whole data set and never per image, and
+`conventions` names each choice in words.
 
-The mean over classes leaves out classes that occur neither in the truth nor in the prediction:
-their score is None, which JSON can hold and a mean cannot swallow by accident. A class that is
-absent from the truth but was predicted scores 0 and counts.
+The mean over classes leaves out classes that occur neither in the truth nor in the prediction.
+Their score is None: JSON can hold it, and no mean includes it by accident. A class that is absent
+from the truth but was predicted scores 0 and counts.
 
-`boundary_counts` asks what the area scores hide, whether outlines are in the right place. Our
-choice: 3 pixels of tolerance, the radius by which ISPRS erodes its labels.
+`boundary_counts` measures what area scores hardly show: whether outlines are in the right place.
+The tolerance of 3 pixels is our choice. It is the radius by which ISPRS erodes its labels.
 
-Maps are torch tensors on any device or numpy arrays, of integers; the counting is done on the CPU.
+Maps are integers, as torch tensors on any device or as numpy arrays. They are counted on the CPU.
 
-Letters: H W pixels, K classes. Maps may have leading axes (B, H, W): each image for itself.
+Letters: H W pixels, K classes. Maps may be batches (B, H, W), in which no pixel sees another image.
 """
 
 from collections.abc import Iterator, Sequence
@@ -48,7 +48,7 @@ def _check(values: np.ndarray, num_classes: int, what: str) -> None:
 
 
 def _checked(prediction: Map, label: Map, num_classes: int, ignore_index: int):
-    """Prediction, label and the mask of valid pixels as arrays, or ValueError."""
+    """Prediction, label and the mask of valid pixels, as arrays; ValueError if they are wrong."""
     prediction, label = _array(prediction), _array(label)
     if prediction.shape != label.shape:
         raise ValueError(f"prediction {prediction.shape} and label {label.shape} differ in shape")
@@ -70,9 +70,9 @@ def confusion_matrix(
 ) -> Tensor:
     """Pixels of each true class (rows) by predicted class (columns): (K, K) int64.
 
-    Pixels labelled `ignore_index` are left out, whatever was predicted there; `times`, of the same
-    shape, says how often each pixel counts. Matrices of several images add up. ValueError where
-    shapes differ, or where a valid label or a prediction at a valid pixel is outside 0..K-1.
+    Pixels labelled `ignore_index` are left out, whatever was predicted there. `times` has the same
+    shape and says how often each pixel counts. The matrices of several images may be added.
+    ValueError when shapes differ, or when a valid pixel's label or prediction is outside 0..K-1.
     """
     prediction, label, valid = _checked(prediction, label, num_classes, ignore_index)
     index = label[valid].astype(np.int64)  # a uint8 would overflow in the next line
@@ -84,7 +84,7 @@ def confusion_matrix(
 
 
 def _mean(values: list[float | None], classes: Sequence[int] | None) -> float | None:
-    """Over `classes` (all when None), without those that are None; None if nothing is left."""
+    """The mean over `classes` (None: all) of the values that are not None; None if all are."""
     classes = range(len(values)) if classes is None else classes
     for k in classes:
         if not 0 <= k < len(values):
@@ -101,14 +101,14 @@ def scores(matrix: Tensor, classes: Sequence[int] | None = None) -> dict:
     """Scores of a confusion matrix (K, K), in [0, 1], as plain floats that JSON can hold.
 
     iou, f1, recall     lists of K: TP / (TP + FP + FN), 2 TP / (2 TP + FP + FN), TP / (TP + FN)
-    miou, mf1, macc     their means over `classes`; only here does `classes` matter, and a pixel of
-                 another class that is taken for one of `classes` still is a false positive
-    oa           overall accuracy, the share of all valid pixels that are right
-    kappa        Cohen's (oa - chance) / (1 - chance), chance = sum_k truth_k predicted_k / N^2;
-                 in [-1, 1]
+    miou, mf1, macc     their means over `classes`
+    oa                  overall accuracy, the share of all valid pixels that are right
+    kappa               Cohen's (oa - chance) / (1 - chance), in [-1, 1], where
+                        chance = sum_k truth_k predicted_k / N^2
 
-    None stands for 0 / 0: a class absent from truth and prediction (and left out of the means), oa
-    without any pixel, kappa when truth and prediction are one single class.
+    `classes` matters for the means only: a pixel of another class that was predicted as one of
+    `classes` is still a false positive. None stands for 0 / 0: the scores of a class absent from
+    truth and prediction, oa without any pixel, kappa when truth and prediction are one class.
     """
     counts = _array(matrix).astype(np.float64)  # products of counts would leave int64
     if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
@@ -129,10 +129,10 @@ def scores(matrix: Tensor, classes: Sequence[int] | None = None) -> dict:
 
 
 def _pairs(radius: int) -> Iterator[tuple]:
-    """Slices (here, there) that pair every pixel with the one at each offset of a disc.
+    """For each offset of a disc, slices (here, there) that pair every pixel with the one there.
 
-    Both are empty where an offset is longer than the map. Walking over the offsets (29 for
-    radius 3) needs a few byte maps, not a stack of 29.
+    Both are empty where an offset is longer than the map. One offset at a time (there are 29 for
+    radius 3) needs the memory of a few byte maps, not of a stack of 29.
     """
     if radius < 0:
         raise ValueError(f"the radius is {radius} pixels, must be at least 0")
@@ -155,9 +155,10 @@ def _near_another_class(classes: np.ndarray, valid: np.ndarray, radius: int) -> 
 def erode(label: Map, radius: int = 3, ignore_index: int = 255) -> Tensor:
     """Ignore every pixel that has another class within `radius` pixels: (H, W) int64.
 
-    Distances are Euclidean between pixel centres, `radius` included: a straight edge loses
-    `radius` pixels on either side. A disc of 3 pixels is the rule ISPRS states for its eroded
-    labels. Ignored pixels are not another class, and neither is the outside of the image.
+    Distances are Euclidean, between pixel centres, and a distance of `radius` is within it. So a
+    straight edge loses `radius` pixels on either side. ISPRS states that its eroded labels were
+    made with a disc of 3 pixels. Neither ignored pixels nor the outside of the image count as
+    another class.
     """
     label = _array(label)
     near = _near_another_class(label, label != ignore_index, radius)
@@ -169,12 +170,12 @@ def erode(label: Map, radius: int = 3, ignore_index: int = 255) -> Tensor:
 def boundary_counts(
     prediction: Map, label: Map, num_classes: int, radius: int = 3, ignore_index: int = 255
 ) -> Tensor:
-    """What boundary F1 is made of: (K, 4) int64, sums over images.
+    """The counts from which boundary F1 is computed: (K, 4) int64. Those of several images add up.
 
     A boundary pixel of class k is a valid pixel of class k with a valid 4-neighbour of another
-    class, in the truth or in the prediction; both are cut to the pixels whose label is valid. The
-    edge of the image and the edge of an ignored area are no boundary, so take full labels: in
-    eroded ones there is none left. Per class, the columns are
+    class, in the truth or in the prediction. In both, only pixels whose label is valid are used.
+    The edge of the image and the edge of an ignored area are no boundary. So use full labels:
+    eroded ones have no boundary left. Per class, the columns are
 
     0  predicted boundary pixels
     1  those of them that have a true boundary pixel of the same class within `radius` (Euclidean)
@@ -185,14 +186,14 @@ def boundary_counts(
     """
     prediction, label, valid = _checked(prediction, label, num_classes, ignore_index)
     outlines = []
-    for classes, elsewhere in ((prediction, -1), (label, -2)):  # so that no elsewheres are equal
+    for classes, elsewhere in ((prediction, -1), (label, -2)):  # two values that are never equal
         classes = classes.astype(np.int16)
         edge = _near_another_class(classes, valid, radius=1)  # the disc of 1 is the 4 neighbours
         outlines.append(np.where(edge, classes, np.int16(elsewhere)))
     predicted, true = outlines
     predicted_hit, true_hit = np.zeros(true.shape, bool), np.zeros(true.shape, bool)
     for here, there in _pairs(radius):
-        same = predicted[here] == true[there]  # a pair near enough serves both directions
+        same = predicted[here] == true[there]  # this pair is a hit for both
         predicted_hit[here] |= same
         true_hit[there] |= same
     found = (predicted[predicted >= 0], predicted[predicted_hit], true[true >= 0], true[true_hit])
@@ -204,11 +205,11 @@ def boundary_f1(counts: Tensor, classes: Sequence[int] | None = None) -> dict:
     """Boundary F1 of summed `boundary_counts` (K, 4), after Csurka et al. (BMVC 2013).
 
     Per class, precision is the share of predicted boundary pixels near a true one, recall the
-    share of true ones near a predicted one, F1 their harmonic mean. boundary_f1 is the mean over
-    `classes`; a class without a boundary pixel in truth and prediction is None and left out, one
-    with boundary pixels in only one of them scores 0. Where the truth has no boundary at all, as in
-    eroded labels, there is nothing to measure: every score is None. Where Csurka et al. average
-    over images, we sum counts over the data set, as for the other scores.
+    share of true ones near a predicted one, and F1 their harmonic mean. `boundary_f1` is the mean
+    over `classes`. A class without a boundary pixel in truth and prediction is None and left out.
+    One with boundary pixels in only one of them scores 0. When the truth has no boundary at all, as
+    in eroded labels, there is nothing to measure, and every score is None. Csurka et al. average
+    over images. We sum the counts over the data set, as for the other scores.
     """
     counts = _array(counts)
     if counts[:, 2].sum() == 0:
@@ -229,12 +230,12 @@ def boundary_f1(counts: Tensor, classes: Sequence[int] | None = None) -> dict:
 class Convention(NamedTuple):
     name: str
     meaning: str  # over which pixels and which classes
-    pixels: int  # that are counted
+    pixels: int  # how many are counted
     miou: float | None
     mf1: float | None
     macc: float | None
     oa: float | None
-    oa_without_clutter: float | None  # the same without the pixels whose label is clutter
+    oa_without_clutter: float | None  # oa of the pixels whose label is not clutter
     kappa: float | None
     boundary_f1: float | None
 
@@ -247,15 +248,15 @@ def conventions(
     padding: Tensor | None = None,
     crops: Tensor | None = None,
 ) -> list[Convention]:
-    """The scores of one set of predictions under each published way of counting.
+    """The scores of one set of predictions under each published convention.
 
-    full, eroded    its confusion matrices (K, K) against full and against eroded labels
-    clutter         the index of the class that some leave out of the mean
-    boundary        its `boundary_counts` (K, 4) against full labels
-    padding         (K,) classes predicted in the padding that GeoSeg adds to the scenes
-    crops           the matrix against eroded labels, pixels counted as often as `crop_counts` says
+    full, eroded    confusion matrices (K, K) against full and against eroded labels
+    clutter         the index of the class that some papers leave out of the mean
+    boundary        `boundary_counts` (K, 4) against full labels
+    padding         (K,) pixels of each class predicted in the padding that GeoSeg adds to scenes
+    crops           (K, K) against eroded labels, each pixel counted as often as `crop_counts` says
 
-    Rows whose numbers are missing are left out.
+    Conventions whose inputs are None are left out.
     """
     K = len(eroded if full is None else full)
     if clutter is not None and not 0 <= clutter < K:
@@ -271,7 +272,7 @@ def conventions(
         if clutter is None:
             continue
         dropped = _array(matrix).copy()
-        dropped[clutter] = 0  # the row only: to take another class for clutter stays an error
+        dropped[clutter] = 0  # the row only: predicting clutter for another class is still wrong
         rows += [
             _convention(
                 f"{kind}-no-clutter", f"{kind} labels; {mean}", matrix, others, clutter, edges
@@ -318,7 +319,7 @@ def _convention(name, meaning, matrix, classes, clutter, edges=None) -> Conventi
 
 
 def _geoseg(name, padding, matrix, classes, clutter) -> Convention:
-    """GeoSeg's F1 of a class without a hit is 0 / 0, which its mean leaves out."""
+    """As GeoSeg computes it: F1 of a class without a hit is 0 / 0, and its mean leaves it out."""
     meaning = f"eroded labels; mean over the {len(classes)} classes without clutter; padding "
     row = _convention(name, meaning + padding, matrix, classes, clutter)
     hit = [f1 or None for f1 in scores(matrix)["f1"]]
@@ -326,11 +327,12 @@ def _geoseg(name, padding, matrix, classes, clutter) -> Convention:
 
 
 def crop_counts(length: int, crop: int) -> np.ndarray:
-    """How many of mmsegmentation's crops hold each position of an axis: (length,) int64.
+    """How many of mmsegmentation's crops contain each position of an axis: (length,) int64.
 
-    Crops lie side by side; the last one is moved back to the edge, over a part of its neighbour.
-    That is the grid its converter writes at its default stride, which it ignores: files of equal
-    crops overwrite each other (tools/dataset_converters/potsdam.py, mmsegmentation 1.2).
+    Crops lie side by side. The last one is moved back to the edge and overlaps its neighbour. This
+    is the grid that its converter writes at its default stride. The converter ignores the stride
+    when it places crops, so that some are equal, and the files of equal crops overwrite each other
+    (tools/dataset_converters/potsdam.py, mmsegmentation 1.2).
     """
     counts = np.zeros(length, np.int64)
     for start in {max(0, min(start, length - crop)) for start in range(0, length, crop)}:

@@ -1,10 +1,13 @@
-"""Pictures of what the programs do, drawn with Pillow: overlays, samples, curves.
+"""Pictures of the programs' results, drawn with Pillow: overlays, samples, curves, differences.
 
-overlay = Overlay((H, W), classes)                   # image, classes over it, legend
-overlay.add(top, image_rows, label_rows)             # from bands of rows, for scenes of any size
-overlay.picture().save("overlay.png")
-samples(rows, classes).save("samples.png")           # what both students see, who taught whom
-curves(log, panels).save("curves.png")
+    overlay = Overlay((H, W), classes)                   # a class map over its image, and a legend
+    overlay.add(top, image_rows, label_rows)             # block by block of any scene
+    overlay.picture().save("overlay.png")
+    samples(rows, classes).save("samples.png")           # both branches' maps, and who teaches
+    curves(log, panels).save("curves.png")
+    forest(rows, title).save("differences.png")          # differences with their intervals
+
+Letters: H W pixels.
 """
 
 import math
@@ -18,7 +21,7 @@ from support.layouts import IGNORE, Classes
 
 INK, GREY, PAPER = (30, 30, 30), (200, 200, 200), (255, 255, 255)
 CNN_COLOUR, TRANSFORMER_COLOUR = (214, 96, 20), (20, 108, 190)  # orange, blue: in every picture
-LARGEST_OVERLAY = 4096  # pixels; a picture for people, the class map keeps every pixel
+LARGEST_OVERLAY = 4096  # pixels on a side; only the class map itself keeps every pixel
 
 
 def font(size: int) -> ImageFont.ImageFont:
@@ -29,22 +32,22 @@ def font(size: int) -> ImageFont.ImageFont:
 
 
 class Overlay:
-    """An image with its classes over it at 45 %, and a legend of those that occur.
+    """An image with its class map over it at 45 %, and a legend of the classes that occur.
 
-    Made from bands of rows, of which only as many pixels are kept as the picture shows: every n-th
-    of every n-th row where a scene is larger than LARGEST_OVERLAY.
+    It is made from blocks of rows. Of a scene larger than LARGEST_OVERLAY it shows, and keeps in
+    memory, only every n-th pixel of every n-th row.
     """
 
-    def __init__(self, shape, classes: Classes):
-        """shape (H, W) of the scene."""
+    def __init__(self, shape: tuple[int, int], classes: Classes):
+        """shape: (H, W) of the scene."""
         self.classes, self.step = classes, math.ceil(max(shape) / LARGEST_OVERLAY)
         height, width = (math.ceil(length / self.step) for length in shape)
         self.image = np.zeros((height, width, 3), np.uint8)
         self.labels = np.full((height, width), IGNORE, np.uint8)
 
     def add(self, top: int, image: np.ndarray, labels: np.ndarray) -> None:
-        """Rows from `top` on: image (rows, W, C), labels (rows, W)."""
-        first = -top % self.step  # of these rows
+        """The rows from `top` on: image (rows, W, C), labels (rows, W)."""
+        first = -top % self.step  # the first of these rows that is shown
         shown = labels[first :: self.step, :: self.step]
         row = (top + first) // self.step
         self.labels[row : row + len(shown)] = shown
@@ -56,10 +59,14 @@ class Overlay:
         shown = Image.blend(Image.fromarray(self.image), colours, 0.45)
         present = np.unique(self.labels)
         key = legend([(classes.names[i], classes.colours[i]) for i in present if i != IGNORE])
-        sheet = Image.new("RGB", (max(shown.width, key.width), shown.height + key.height), PAPER)
-        sheet.paste(shown, (0, 0))
-        sheet.paste(key, (0, shown.height))
-        return sheet
+        picture = Image.new("RGB", (max(shown.width, key.width), shown.height + key.height), PAPER)
+        picture.paste(shown, (0, 0))
+        picture.paste(key, (0, shown.height))
+        return picture
+
+
+def class_legend(classes: Classes, *more: tuple[str, tuple[int, int, int]]) -> Image.Image:
+    return legend([*zip(classes.names, classes.colours, strict=True), *more])
 
 
 def legend(entries: list[tuple[str, tuple[int, int, int]]]) -> Image.Image:
@@ -75,7 +82,7 @@ def legend(entries: list[tuple[str, tuple[int, int, int]]]) -> Image.Image:
     return key
 
 
-# --- Samples ------------------------------------------------------------------------------------
+# --- Columns of panels --------------------------------------------------------------------------
 
 
 class Sample(NamedTuple):
@@ -83,41 +90,61 @@ class Sample(NamedTuple):
     truth: np.ndarray  # (H, W) uint8
     cnn: np.ndarray  # (H, W) uint8
     transformer: np.ndarray  # (H, W) uint8
-    gate: np.ndarray  # (H, W) float, 1: the CNN teaches, 0: the Transformer does, NaN: ignored
+    gate: np.ndarray  # (H, W) float; 1: the CNN teaches, 0: the Transformer teaches, NaN: ignored
 
 
 def samples(rows: list[Sample], classes: Classes) -> Image.Image:
-    """One row a sample: image, truth, both students, who taught whom, the Transformer's errors."""
-    titles = ("image", "truth", "CNN", "Transformer", "who teaches", "Transformer wrong")
-    side, gap, top = max(max(row.truth.shape) for row in rows), 6, 26
-    key = legend(
-        [*zip(classes.names, classes.colours, strict=True)]
-        + [("CNN teaches", CNN_COLOUR), ("Transformer teaches", TRANSFORMER_COLOUR)]
-    )
-    width = max(6 * (side + gap) + gap, key.width)
-    sheet = Image.new("RGB", (width, top + len(rows) * (side + gap) + key.height), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        draw.text((gap + column * (side + gap), 4), title, INK, font(15))
-    for number, row in enumerate(rows):
+    """Per sample: image, truth, both branches' maps, who teaches, the Transformer's errors."""
+
+    def errors(row: Sample) -> np.ndarray:
         wrong = (row.truth != row.transformer) & (row.truth != IGNORE)
-        panels = (
-            row.image[..., :3],
-            encode_colours(row.truth, classes.colours),
-            encode_colours(row.cnn, classes.colours),
-            encode_colours(row.transformer, classes.colours),
-            gate_colours(row.gate),
-            np.where(wrong[..., None], (220, 30, 30), row.image[..., :3] // 2 + 96),
-        )
-        for column, panel in enumerate(panels):
-            place = (gap + column * (side + gap), top + number * (side + gap))
-            sheet.paste(Image.fromarray(panel.astype(np.uint8)), place)
-    sheet.paste(key, (0, sheet.height - key.height))
-    return sheet
+        return np.where(wrong[..., None], (220, 30, 30), row.image[..., :3] // 2 + 96)
+
+    columns = {
+        "image": [row.image for row in rows],
+        "truth": [encode_colours(row.truth, classes.colours) for row in rows],
+        "CNN": [encode_colours(row.cnn, classes.colours) for row in rows],
+        "Transformer": [encode_colours(row.transformer, classes.colours) for row in rows],
+        "who teaches": [gate_colours(row.gate) for row in rows],
+        "Transformer wrong": [errors(row) for row in rows],
+    }
+    teachers = ("CNN teaches", CNN_COLOUR), ("Transformer teaches", TRANSFORMER_COLOUR)
+    return sheet(columns, class_legend(classes, *teachers))
+
+
+def side_by_side(columns: dict[str, list[np.ndarray]], classes: Classes) -> Image.Image:
+    """Crops under the titles of their columns, twice as large; (H, W) classes or (H, W, 3)."""
+
+    def enlarged(crop: np.ndarray) -> np.ndarray:
+        shown = crop if crop.ndim == 3 else encode_colours(crop, classes.colours)
+        return shown.repeat(2, axis=0).repeat(2, axis=1)
+
+    shown = {title: [enlarged(crop) for crop in crops] for title, crops in columns.items()}
+    return sheet(shown, class_legend(classes))
+
+
+def sheet(columns: dict[str, list[np.ndarray]], key: Image.Image) -> Image.Image:
+    """Panels (H, W, 3 or more bands) one below the other under their titles, a legend below all."""
+    side = max(max(panel.shape[:2]) for panels in columns.values() for panel in panels)
+    gap, top, count = 6, 26, max(map(len, columns.values()))
+    width = max(gap + len(columns) * (side + gap), key.width)
+    image = Image.new("RGB", (width, top + count * (side + gap) + key.height), PAPER)
+    draw = ImageDraw.Draw(image)
+    for column, (title, panels) in enumerate(columns.items()):
+        x = gap + column * (side + gap)
+        draw.text((x, 4), title, INK, font(15))
+        for number, panel in enumerate(panels):
+            shown = Image.fromarray(panel[..., :3].astype(np.uint8))
+            image.paste(shown, (x, top + number * (side + gap)))
+    image.paste(key, (0, image.height - key.height))
+    return image
 
 
 def gate_colours(gate: np.ndarray) -> np.ndarray:
-    """r = 1 the CNN's colour, r = 0 the Transformer's, 1/2 white, NaN black; (H, W, 3) uint8."""
+    """The gate r (H, W) -> (H, W, 3) uint8.
+
+    The CNN's colour at r = 1, white at 1/2, the Transformer's at 0, and black at NaN.
+    """
     r = np.nan_to_num(gate)[..., None]
     strength = np.abs(2 * r - 1)
     colour = np.where(r > 0.5, CNN_COLOUR, TRANSFORMER_COLOUR)
@@ -135,7 +162,7 @@ class Line(NamedTuple):
 
 
 def curves(log: list[dict], panels: dict[str, list[Line]]) -> Image.Image:
-    """One panel a title, two by two; x is the step, rows without a value are skipped."""
+    """A panel per title, two in a row. x is the step, and rows without a value are skipped."""
     width, height = 560, 320
     rows = math.ceil(len(panels) / 2)
     sheet = Image.new("RGB", (2 * width, rows * height), PAPER)
@@ -146,7 +173,7 @@ def curves(log: list[dict], panels: dict[str, list[Line]]) -> Image.Image:
 
 
 def draw_panel(log, title: str, lines: list[Line], width: int, height: int) -> Image.Image:
-    """Drawn at twice its size and reduced, which smooths the lines."""
+    """One panel, drawn at twice its size and then reduced, which smooths the lines."""
     image = Image.new("RGB", (2 * width, 2 * height), PAPER)
     draw, face = ImageDraw.Draw(image), font(24)
     left, right, top, bottom = 110, 2 * width - 40, 80, 2 * height - 60
@@ -192,18 +219,18 @@ def nice_ticks(low: float, high: float) -> list[float]:
     return [i * unit for i in range(first, max(last, first + 1) + 1)]
 
 
-# --- The table of controls ----------------------------------------------------------------------
+# --- Differences between settings ---------------------------------------------------------------
 
 
 class Difference(NamedTuple):
     name: str
-    values: list[float]  # one for each seed
+    values: list[float]  # one per seed
     mean: float
-    half: float | None  # of the 95 % interval; None with one value
+    half: float | None  # half the width of the 95 % interval; None if there is one value only
 
 
 def forest(rows: list[Difference], title: str) -> Image.Image:
-    """A line for each row: its values as dots, its mean and interval as a bar, zero as a line."""
+    """A forest plot. Per row: a dot per value, a mark at the mean, a bar for the interval."""
     face, step, left, width = font(28), 56, 760, 1700
     image = Image.new("RGB", (width, 150 + step * len(rows)), PAPER)
     draw = ImageDraw.Draw(image)
@@ -234,22 +261,3 @@ def forest(rows: list[Difference], title: str) -> Image.Image:
             x = place(value)
             draw.ellipse((x - 7, y - 7, x + 7, y + 7), fill=PAPER, outline=CNN_COLOUR, width=3)
     return image.resize((width // 2, image.height // 2), Image.Resampling.LANCZOS)
-
-
-def side_by_side(columns: dict[str, list[np.ndarray]], classes: Classes) -> Image.Image:
-    """Pieces of maps under their titles, twice their size; (H, W) classes or (H, W, 3) pixels."""
-    side = 2 * max(max(piece.shape[:2]) for pieces in columns.values() for piece in pieces)
-    gap, top, count = 6, 26, max(map(len, columns.values()))
-    key = legend([*zip(classes.names, classes.colours, strict=True)])
-    width = max(gap + len(columns) * (side + gap), key.width)
-    sheet = Image.new("RGB", (width, top + count * (side + gap) + key.height), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for column, (title, pieces) in enumerate(columns.items()):
-        x = gap + column * (side + gap)
-        draw.text((x, 4), title, INK, font(15))
-        for number, piece in enumerate(pieces):
-            shown = piece[..., :3] if piece.ndim == 3 else encode_colours(piece, classes.colours)
-            shown = shown.repeat(2, axis=0).repeat(2, axis=1)
-            sheet.paste(Image.fromarray(shown), (x, top + number * (side + gap)))
-    sheet.paste(key, (0, sheet.height - key.height))
-    return sheet

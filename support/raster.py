@@ -1,18 +1,20 @@
-"""Image files, read by rows; refused when reading them would lose anything.
+"""Image files, read by rows, and refused when reading them would lose information.
 
-    rows = open_rows("scene.tif")               # decodes what is asked for
+    rows = open_rows("scene.tif")               # decodes only the rows that are asked for
     rows.shape                                  # (H, W, C)
     rows[0:512]                                 # (512, W, C) uint8; so does rows.read(0, 512)
     image = read_image("scene.tif")             # (H, W, C) uint8, C = 3, or 4 with infrared
     mask = read_indices("mask.png")             # (H, W) uint8, class indices
-    header("scene.tif").bits                    # what the file says, without decoding a pixel
+    header("scene.tif").bits                    # the file's metadata, without decoding a pixel
 
-A TIFF's strips or tiles that hold the wanted rows are wrapped, as they are, into a small TIFF in
-memory, and Pillow decodes that: every compression Pillow knows, planes apart, BigTIFF, in the
-memory of those rows. Uncompressed strips are read at their place. A PNG, a JPEG, or a TIFF that
-is one single compressed strip cannot be decoded in part: it is decoded whole, once, and stays in
-memory (4 bytes a pixel; 3 for the TIFF). Values are those that are stored: no colour profile, no
-inverted grey, no turning by an orientation tag.
+Of a TIFF, the compressed strips or tiles that hold the wanted rows are copied into a small TIFF in
+memory, which Pillow decodes. This reads every compression that Pillow knows, separate planes and
+BigTIFF, in the memory of those rows. Uncompressed strips are read directly from the file. A PNG, a
+JPEG, or a TIFF that is one single compressed strip cannot be decoded in part. It is decoded once as
+a whole and stays in memory (4 bytes a pixel; 3 for the TIFF).
+
+Values are returned as they are stored, and no colour profile is applied. Inverted grey and an image
+that its orientation tag rotates are refused.
 
 Letters: H W pixels, C channels.
 """
@@ -29,16 +31,16 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-Image.MAX_IMAGE_PIXELS = 500_000_000  # decoded at once; Pillow refuses twice as many
+Image.MAX_IMAGE_PIXELS = 500_000_000  # decoded at once; from twice as many on Pillow refuses
 
 
 class DataError(ValueError):
-    """Something is wrong with the data; the message says what, where, and what to do."""
+    """Something is wrong with the data. The message says what, where, and what to do."""
 
 
 @contextmanager
 def data_errors(path: Path):
-    """What goes wrong while reading `path` becomes a DataError that names it."""
+    """Turn any error while reading `path` into a DataError that names the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on tags and sizes
@@ -60,11 +62,11 @@ def data_errors(path: Path):
         raise DataError(f"{path}: is damaged ({error})") from None
 
 
-# --- What a file says ---------------------------------------------------------------------------
+# --- Metadata -----------------------------------------------------------------------------------
 
 
 class Header(NamedTuple):
-    """What a file says about its pixels."""
+    """A file's metadata about its pixels."""
 
     format: str  # PNG, JPEG or TIFF
     width: int
@@ -74,7 +76,7 @@ class Header(NamedTuple):
     mode: str  # L grey, P palette, RGB, RGBX (fourth band unspecified), RGBA (transparency), ...
     sample: str = "unsigned"  # or signed, float, unknown
     compression: str = ""  # of a TIFF
-    planar: bool = False  # a TIFF whose bands lie apart
+    planar: bool = False  # a TIFF that stores its bands one after the other
     tiled: bool = False
     big: bool = False  # a BigTIFF
     orientation: int = 1  # of a TIFF; 1: the first row is the top
@@ -95,24 +97,24 @@ Tags = dict[int, tuple[int, tuple | bytes]]  # number: (type, values)
 
 
 def header(path: Path) -> Header:
-    """What `path` says about its pixels; DataError when it is no image or cannot be parsed."""
+    """The metadata of `path`; DataError when it is no image or cannot be parsed."""
     with data_errors(path), open(path, "rb") as file:
         start = file.read(26)
         if start[:4] in (b"II*\0", b"MM\0*", b"II+\0"):
             return tiff_header(read_tags(path), big=start[2] == 43)
         if not start.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
             raise DataError(f"{path}: is not a PNG, JPEG or TIFF image that can be read")
-        with Image.open(file, formats=("PNG", "JPEG")) as image:  # does not look at the pixels
+        with Image.open(file, formats=("PNG", "JPEG")) as image:  # decodes no pixel
             bands, mode = len(image.getbands()), image.mode
             if image.format != "PNG":
                 return Header("JPEG", *image.size, bands, 8, mode)
-            # Pillow scales 1, 2 and 4 bits of grey up and 16 bits down: look for ourselves.
+            # Pillow's mode hides that it scales 1, 2 and 4 bits of grey up and 16 bits down.
             mode = {0: "L", 2: "RGB", 3: "P", 4: "LA", 6: "RGBA"}[start[25]]
             return Header("PNG", *image.size, bands, start[24], mode)
 
 
 def read_tags(path: Path) -> Tags:
-    """The first directory of a TIFF; DataError where there is a second picture besides it."""
+    """The first directory of a TIFF; DataError when there is a second image in the file."""
     with data_errors(path), open(path, "rb") as file:
         start = file.read(16)
         directory = ImageFileDirectory_v2(start if start[2] == 43 else start[:8])
@@ -125,7 +127,7 @@ def read_tags(path: Path) -> Tags:
         if directory.next:
             file.seek(directory.next)
             directory.load(file)
-            if not directory.get(SUBFILE, 0) & 5:  # 1: a smaller copy, 4: a mask
+            if not directory.get(SUBFILE, 0) & 5:  # bit 1: a smaller copy, bit 4: a mask
                 raise DataError(f"{path}: holds more than one image; save each as its own file")
     return tags
 
@@ -150,7 +152,7 @@ def tiff_header(tags: Tags, big: bool) -> Header:
     if photometric == 0:
         mode = "inverted L"
     elif mode == "YCbCr" and compression == 7 and bands == 3 and not planar:
-        mode = "RGB"  # as whoever decodes the JPEG gets it
+        mode = "RGB"  # the JPEG decoder converts it
     elif mode == "RGB" and bands == 4:
         mode = "RGBX"
     if {1, 2} & {*extra}:
@@ -191,7 +193,7 @@ class Rows:
 
 
 class WholeRows(Rows):
-    """PNG and JPEG: decoded whole at the first read."""
+    """The rows of a PNG or JPEG, which is decoded as a whole at the first read."""
 
     def __init__(self, path: Path, header: Header):
         self.path, self.image = path, None
@@ -209,7 +211,10 @@ class WholeRows(Rows):
 
 
 class TiffRows(Rows):
-    """A TIFF's rows from the strips or tiles that hold them; the last ones decoded are kept."""
+    """The rows of a TIFF. Decodes the strips or tiles that hold them and remembers the last ones.
+
+    A chunk is a strip or a tile. Windows that overlap need the same chunks twice in a row.
+    """
 
     def __init__(self, path: Path, header: Header):
         self.path, self.header, self.tags = path, header, read_tags(path)
@@ -220,30 +225,27 @@ class TiffRows(Rows):
                 f"{first_value(self.tags, FILL_ORDER, 1)}; save it with LZW or deflate"
             )
         if header.tiled:
-            self.chunk_height, across = (
-                first_value(self.tags, TILE_HEIGHT, 0),
-                first_value(self.tags, TILE_WIDTH, 0),
-            )
+            self.chunk_height = first_value(self.tags, TILE_HEIGHT, 0)
+            chunk_width = first_value(self.tags, TILE_WIDTH, 0)
             offsets, sizes = TILE_OFFSETS, TILE_BYTES
         else:
-            self.chunk_height, across = min(first_value(self.tags, ROWS_PER_STRIP, H), H), W
+            self.chunk_height = min(first_value(self.tags, ROWS_PER_STRIP, H), H)
+            chunk_width = W
             offsets, sizes = STRIP_OFFSETS, STRIP_BYTES
-        if min(H, W, self.chunk_height, across) < 1 or not {offsets, sizes} <= set(self.tags):
+        if min(H, W, self.chunk_height, chunk_width) < 1 or not {offsets, sizes} <= set(self.tags):
             raise DataError(f"{path}: is damaged (it does not say where its pixels are)")
         self.offsets, self.sizes = self.tags[offsets][1], self.tags[sizes][1]
-        self.planes, self.bands = (C, 1) if header.planar else (1, C)  # bands in each plane
-        self.chunk_rows, self.chunk_columns = (
-            -(-H // self.chunk_height),
-            -(-W // across),
-        )  # chunks in each plane
+        self.planes, self.bands = (C, 1) if header.planar else (1, C)  # `bands` of each plane
+        self.rows_of_chunks = -(-H // self.chunk_height)  # in each plane
+        self.columns_of_chunks = -(-W // chunk_width)
         self.uncompressed_strips = header.compression == "none" and not header.tiled
-        self.recent: dict[int, np.ndarray] = {}  # row of chunks: its pixels, of the last read
+        self.recent: dict[int, np.ndarray] = {}  # row of chunks -> its pixels, from the last read
         self.check_chunks()
 
     def check_chunks(self) -> None:
-        """DataError unless every strip or tile is there, whole, and inside the file."""
+        """DataError unless every chunk is listed and lies completely inside the file."""
         H, W, path = *self.shape[:2], self.path
-        expected = self.planes * self.chunk_rows * self.chunk_columns
+        expected = self.planes * self.rows_of_chunks * self.columns_of_chunks
         if not len(self.offsets) == len(self.sizes) == expected:
             found = min(len(self.offsets), len(self.sizes))
             raise DataError(f"{path}: is damaged ({found} strips or tiles, {expected} expected)")
@@ -254,7 +256,7 @@ class TiffRows(Rows):
             raise DataError(f"{path}: has strips or tiles that were never written")
         if self.uncompressed_strips:
             for number, size in enumerate(self.sizes):
-                rows = min(self.chunk_height, H - number % self.chunk_rows * self.chunk_height)
+                rows = min(self.chunk_height, H - number % self.rows_of_chunks * self.chunk_height)
                 if size < rows * W * self.bands:
                     raise DataError(f"{path}: is damaged (strip {number} is too short)")
 
@@ -276,7 +278,7 @@ class TiffRows(Rows):
             return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), np.uint8)
 
     def read_uncompressed(self, file, top: int, bottom: int) -> np.ndarray:
-        """The bytes of these rows, from wherever each strip lies."""
+        """These rows, from the bytes of the uncompressed strips."""
         H, W, C = self.shape
         line = W * self.bands
         planes = np.empty((self.planes, bottom - top, line), np.uint8)
@@ -285,21 +287,23 @@ class TiffRows(Rows):
             while row < bottom:
                 strip, skip = divmod(row, self.chunk_height)
                 stop = min(bottom, (strip + 1) * self.chunk_height)
-                number = plane * self.chunk_rows + strip
+                number = plane * self.rows_of_chunks + strip
                 data = self.fetch(file, self.offsets[number] + skip * line, (stop - row) * line)
                 rows[row - top : stop - top] = np.frombuffer(data, np.uint8).reshape(-1, line)
                 row = stop
         return join_planes(planes.reshape(self.planes, bottom - top, W, self.bands))
 
     def decode(self, file, begin: int, end: int) -> np.ndarray:
-        """Rows begin..end-1 of strips or tiles, (rows, W, C): wrapped in a TIFF of their own."""
+        """The pixels of rows begin..end-1 of chunks, (rows, W, C), decoded by Pillow."""
         rows = min(self.shape[0], end * self.chunk_height) - begin * self.chunk_height
         planes = []
         for plane in range(self.planes):
-            row = plane * self.chunk_rows
-            chunks = []
-            for i in range((row + begin) * self.chunk_columns, (row + end) * self.chunk_columns):
-                chunks.append(self.fetch(file, self.offsets[i], self.sizes[i]))
+            first_row = plane * self.rows_of_chunks
+            numbers = range(
+                (first_row + begin) * self.columns_of_chunks,
+                (first_row + end) * self.columns_of_chunks,
+            )
+            chunks = [self.fetch(file, self.offsets[i], self.sizes[i]) for i in numbers]
             with Image.open(BytesIO(self.wrap_as_tiff(rows, chunks)), formats=("TIFF",)) as image:
                 image.load()
                 planes.append(np.asarray(image).reshape(rows, self.shape[1], self.bands))
@@ -313,22 +317,22 @@ class TiffRows(Rows):
         return data
 
     def wrap_as_tiff(self, rows: int, chunks: list[bytes]) -> bytes:
-        """A whole TIFF file of `rows` rows that consists of these strips or tiles."""
+        """A complete TIFF file of `rows` rows that consists of these chunks."""
         offsets, position = [], 8
         for chunk in chunks:
             offsets.append(position)
             position += len(chunk)
         copied = (COMPRESSION, PREDICTOR, JPEG_TABLES, SUBSAMPLING, TILE_WIDTH, TILE_HEIGHT)
         tags = {tag: self.tags[tag] for tag in copied if tag in self.tags}
-        colours = 1 if self.bands == 1 else 2
+        photometric = 1 if self.bands == 1 else 2  # grey or RGB
         if first_value(self.tags, PHOTOMETRIC, 1) == 6:
-            colours = 6
+            photometric = 6  # YCbCr
         places = (TILE_OFFSETS, TILE_BYTES) if self.header.tiled else (STRIP_OFFSETS, STRIP_BYTES)
         tags |= {
             WIDTH: (4, (self.shape[1],)),
             HEIGHT: (4, (rows,)),
             BITS: (3, (8,) * self.bands),
-            PHOTOMETRIC: (3, (colours,)),
+            PHOTOMETRIC: (3, (photometric,)),
             BANDS: (3, (self.bands,)),
             places[0]: (4, tuple(offsets)),
             places[1]: (4, tuple(map(len, chunks))),
@@ -350,7 +354,7 @@ def tiff_file_header(directory_offset: int) -> bytes:
 
 
 def tiff_directory(tags: Tags, offset: int) -> bytes:
-    """A TIFF directory that will lie at `offset`, with the values that do not fit into it."""
+    """A TIFF directory for byte `offset` of a file, followed by the values longer than 4 bytes."""
     table, values = [], b""
     after = offset + 2 + 12 * len(tags) + 4
     for tag, (kind, entry) in sorted(tags.items()):
@@ -365,12 +369,12 @@ def tiff_directory(tags: Tags, offset: int) -> bytes:
 
 
 def join_planes(planes) -> np.ndarray:
-    """Planes (rows, W, bands) side by side along the bands."""
+    """Planes (rows, W, bands) concatenated along the bands."""
     return planes[0] if len(planes) == 1 else np.concatenate(planes, axis=-1)
 
 
 def open_8bit_rows(path: Path) -> tuple[Header, Rows]:
-    """The rows of any image whose values can be read as they are stored; else DataError."""
+    """The rows of any image of unsigned 8-bit values; DataError for other values."""
     found = header(path)
     palette_png = found.format == "PNG" and found.mode == "P"  # fewer bits are the same indices
     if found.bits != 8 and not palette_png:
@@ -390,8 +394,8 @@ def open_8bit_rows(path: Path) -> tuple[Header, Rows]:
 def open_rows(path: Path) -> Rows:
     """The rows of an image of three bands, or of four, the fourth infrared.
 
-    Raises DataError for anything that has no such rows: other bands, bits or values, transparency,
-    a damaged or a truncated file (a PNG or JPEG shows that only at the first read).
+    Raises DataError for other bands, bits or values, for transparency, and for a damaged or a
+    truncated file. Of a PNG or JPEG the damage shows only at the first read.
     """
     found, rows = open_8bit_rows(path)
     if found.mode == "RGBA":

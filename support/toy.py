@@ -1,16 +1,18 @@
-"""A seeded town from the air: the `toy` data set, drawn with numpy and pillow, nothing to download.
+"""A seeded town from the air: the `toy` data set, drawn with numpy and pillow.
 
 `scene(seed, size)` returns an ortho photo (about 0.33 m per pixel) and its map of Potsdam's six
-classes. A canvas holds class, colour and height of every pixel; each object is painted into all of
-them through one mask, the higher surface winning. Then the sun lights it and a camera takes the
-picture. So the label is exact to the pixel: shadows, blur and noise never move it.
+classes. A canvas holds the class, colour and height of every pixel. Each object is painted into all
+three through one mask, and a higher surface hides a lower one. Then the sun lights the canvas and a
+camera photographs it. So the label is exact to the pixel: shadows, blur and noise do not move it.
 
-Why these ingredients: colour alone must not be enough, texture and layout must be.
-- Flat roofs take their grey from the palette of asphalt: only the layout tells them apart.
-- Lawns, hedges and crowns share their greens: leaves, and a side in the shade, make the tree.
-- Soil is as brown as tiles, pale roofs as pale as paving, containers as bright as cars.
-- Shadows darken whatever is lower than what casts them; each scene has its own sun and camera.
-- Sizes run from a car (at least 6 x 12, never cut by the border, never covered) to a large hall.
+The classes are made so that colour alone does not separate them, and texture and layout do:
+- Flat roofs have the greys of asphalt: only the layout tells them apart.
+- Lawns, hedges and crowns have the same greens: a tree has leaves and a side in the shade.
+- Soil is as brown as tiles, pale roofs are as pale as paving, containers are as bright as cars.
+- Shadows darken whatever is lower than the object that casts them.
+- Each scene has its own sun and camera.
+- The smallest objects are cars (at least 6 x 12, never cut by the border, never covered), the
+  largest are halls.
 
 See it: `Image.fromarray(toy.scene(0)[0]).save("town.png")`. Lengths and heights are in pixels,
 angles in radians, x points right and y down, colours are 0..255 before the light falls on them.
@@ -38,11 +40,11 @@ PAINTS = (212, 212, 214), (44, 46, 50), (128, 132, 138), (150, 50, 46), (56, 78,
 STACKS = (156, 84, 62), (64, 94, 132), (84, 112, 88), (170, 144, 84), (150, 150, 152)
 POOL, POND, GLASS, WHITE = ((92, 166, 182),), ((66, 82, 70),), ((40, 46, 54),), ((200, 198, 192),)
 SIDEWALK = 5  # about 1.7 m
-LATTICE = np.linspace(-0.5, 0.5, 9)  # fine enough across the largest plot to meet any road in it
+LATTICE = np.linspace(-0.5, 0.5, 9)  # fine enough to hit every road inside the largest plot
 
 
-def turned(angle, x, y):
-    """The vector (x, y) seen from axes turned by the angle."""
+def rotated(angle, x, y):
+    """The vector (x, y) in axes that are rotated by the angle."""
     return x * cos(angle) + y * sin(angle), y * cos(angle) - x * sin(angle)
 
 
@@ -56,17 +58,17 @@ class Box(NamedTuple):
     width: float
 
     def at(self, u, v):
-        """The point u along and v across from the centre."""
-        dx, dy = turned(-self.angle, u, v)
+        """The point at u along the length and v along the width from the centre."""
+        dx, dy = rotated(-self.angle, u, v)
         return self.x + dx, self.y + dy
 
     def inner(self, u, v, length, width, turn=0.0) -> "Box":
-        """A box whose place is given within this one."""
+        """A box whose centre and angle are relative to this one."""
         return Box(*self.at(u, v), self.angle + turn, length, width)
 
 
 class Road(NamedTuple):
-    """The line v = offset + bend sin(u / period + phase); u along `angle`, v across."""
+    """The line v = offset + bend sin(u / period + phase); u along `angle`, v at a right angle."""
 
     angle: float
     offset: float
@@ -75,9 +77,9 @@ class Road(NamedTuple):
     phase: float
     width: float
 
-    def across(self, x, y):
+    def distance(self, x, y):
         """Signed distance to the centre line, to first order: (v - line(u)) / |(1, line'(u))|."""
-        u, v = turned(self.angle, x, y)
+        u, v = rotated(self.angle, x, y)
         wave = u / self.period + self.phase
         slope = self.bend / self.period * np.cos(wave)
         return (v - self.offset - self.bend * np.sin(wave)) / np.sqrt(1 + slope**2)
@@ -90,7 +92,7 @@ class Road(NamedTuple):
     def beside(self, u, side, off, length=0.0, width=0.0) -> Box:
         """The box at u with its front `off` from the centre line and its width leading away."""
         wave = u / self.period + self.phase
-        point = turned(-self.angle, u, self.offset + self.bend * sin(wave))
+        point = rotated(-self.angle, u, self.offset + self.bend * sin(wave))
         turn = np.arctan(self.bend / self.period * cos(wave)) + (0 if side > 0 else pi)
         return Box(*point, self.angle + turn, 0, 0).inner(0, off + width / 2, length, width)
 
@@ -132,12 +134,12 @@ class Canvas:
         return np.float32(palette[self.rng.integers(len(palette))] * shift)
 
     def pixels(self, box):
-        """The window around the box, and its pixels' places along and across the box."""
+        """The window around the box, and the coordinates (u, v) of its pixels in the box."""
         reach = np.hypot(box.length, box.width) / 2 + 1
         ends = np.array([box.x - reach, box.x + reach + 1, box.y - reach, box.y + reach + 1])
         x0, x1, y0, y1 = ends.clip(0, self.size).astype(int)
         x, y = np.float32(np.arange(x0, x1) - box.x), np.float32(np.arange(y0, y1) - box.y)
-        return np.s_[y0:y1, x0:x1], *turned(box.angle, x, y[:, None])
+        return np.s_[y0:y1, x0:x1], *rotated(box.angle, x, y[:, None])
 
     def share(self, box, *classes, outside=0.0):
         """How much of the box has one of the classes; `outside` counts beyond the border."""
@@ -173,26 +175,27 @@ def plan_roads(rng, size) -> list[Road]:
             angle, shift = bearing + turn + rng.normal(0, 0.06), first + k * block
             shape = rng.uniform((4, 60, 0, 16), (26, 110, 2 * pi, 26)).tolist()
             if abs(shift) < 0.7 * size:
-                roads.append(Road(angle, shift + turned(angle, size / 2, size / 2)[1], *shape))
+                roads.append(Road(angle, shift + rotated(angle, size / 2, size / 2)[1], *shape))
     return roads
 
 
 def paint_roads(c: Canvas, roads):
     """Pavement, kerb, asphalt and markings; a smooth minimum of the distances rounds junctions."""
     y, x = np.mgrid[: c.size, : c.size].astype(np.float32)
-    everywhere, lines = np.s_[:, :], [(road, road.across(x, y)) for road in roads]
+    everywhere, distances = np.s_[:, :], [(road, road.distance(x, y)) for road in roads]
     edge, second = np.full((2, c.size, c.size), 1e3, np.float32)  # to the two nearest roads
-    for road, across in lines:
-        d = abs(across) - road.width / 2
+    for road, distance in distances:
+        d = abs(distance) - road.width / 2
         second = np.minimum(second, np.maximum(edge, d))
         edge = np.minimum(edge, d) - np.clip(18 - abs(edge - d), 0, None) ** 2 / (4 * 18)
     c.paint(everywhere, edge < SIDEWALK, IMPERVIOUS, c.tone(PALES))
     c.paint(everywhere, edge < 1, IMPERVIOUS, c.tone(PALES[1:2]))
     worn = c.tone(GREYS) * (1 + 0.04 * c.patch + 0.02 * c.leaf)[..., None]
     c.paint(everywhere, edge < 0, IMPERVIOUS, worn, grain=0.05)
-    for road, across in lines:
-        dashes = (abs(across) < 0.7) & (turned(road.angle, x, y)[0] % 26 < 12) & (second > 22)
-        zebra = (2 * abs(across) < road.width - 3) & (abs(second - 13) < 5) & (across % 5 < 2.5)
+    for road, distance in distances:
+        dashes = (abs(distance) < 0.7) & (rotated(road.angle, x, y)[0] % 26 < 12) & (second > 22)
+        crossing = (2 * abs(distance) < road.width - 3) & (abs(second - 13) < 5)
+        zebra = crossing & (distance % 5 < 2.5)
         c.paint(everywhere, (dashes | zebra) & (edge < 0), IMPERVIOUS, c.tone(WHITE))
 
 
@@ -201,12 +204,13 @@ def pitched_roof(c: Canvas, box, colour, eaves, hip):
     if box.width > box.length:
         box = box.inner(0, 0, box.width, box.length, pi / 2)
     window, u, v = c.pixels(box)
-    along, across = box.length / 2 - abs(u), box.width / 2 - abs(v)
-    rise, end = np.where(hip, np.minimum(along, across), across), hip & (along < across)
-    sun_u, sun_v = turned(box.angle, *c.sun)
+    to_end, to_side = box.length / 2 - abs(u), box.width / 2 - abs(v)  # > 0 inside
+    rise = np.where(hip, np.minimum(to_end, to_side), to_side)
+    end = hip & (to_end < to_side)
+    sun_u, sun_v = rotated(box.angle, *c.sun)
     facing = np.where(end, np.sign(u) * sun_u, np.sign(v) * sun_v)
     shade = (1 + 0.3 * facing) * (1 + 0.05 * np.sin(2.1 * rise)) * (1 + 0.1 * (abs(v) < 0.8))
-    inside, height = (along > 0) & (across > 0), eaves + 0.6 * rise
+    inside, height = (to_end > 0) & (to_side > 0), eaves + 0.6 * rise
     c.paint(window, inside, BUILDING, shade[..., None] * colour, height, 0.06)
     for u, v in c.rng.uniform(-0.35, 0.35, (c.rng.integers(1, 4), 2)) * box[3:]:  # chimneys
         c.fill(box.inner(u, v, 3.5, 3), BUILDING, c.tone(GLASS + PALES[2:3]), eaves + box.width / 2)

@@ -1,4 +1,4 @@
-"""data.py: what is loaded is what the files say, once, in little memory; nothing wrong passes."""
+"""data.py: arrays are what the files hold, decoded once, in little memory; faults are refused."""
 
 import io
 import json
@@ -29,11 +29,6 @@ def test_toy_on_disk_is_toy_in_memory(tmp_path):
         assert np.array_equal(scene.image, image) and np.array_equal(scene.label, label)
         assert scene.name == POTSDAM_TILES[split].split()[0]
         assert scene.path.name == f"top_potsdam_{scene.name}_RGB.tif" and scene.eroded is None
-
-
-def test_no_toy_scene_is_in_two_splits():
-    seeds = [seed for split in SPLITS for seed in toy.SPLIT_SEEDS[split]]
-    assert len(seeds) == len(set(seeds))
 
 
 def test_full_and_eroded_labels(tmp_path, write_isprs):
@@ -145,18 +140,18 @@ def test_the_damaged_tiles_load(tmp_path, write_isprs):
 
 
 @pytest.mark.parametrize("kind", ["potsdam", "loveda", "folder"])
-def test_maps_and_arrays_are_the_same(tmp_path, write_isprs, write_folder, kind):
+def test_mapped_arrays_and_arrays_are_the_same(tmp_path, write_isprs, write_folder, kind):
     root = tmp_path / "data"
     root.mkdir()
     {"potsdam": write_isprs, "loveda": write_loveda, "folder": write_folder}[kind](root)
-    arrays, maps = (load(kind, root, cache=c) for c in (None, tmp_path / "cache"))
-    for array, map_ in zip(arrays.scenes, maps.scenes, strict=True):
+    arrays, mapped = (load(kind, root, cache=c) for c in (None, tmp_path / "cache"))
+    for array, map_ in zip(arrays.scenes, mapped.scenes, strict=True):
         assert type(array.image) is type(array.label) is np.ndarray
         assert type(map_.image) is type(map_.label) is MappedArray
         for field in ("image", "label", "cells"):
             assert np.array_equal(getattr(array, field), getattr(map_, field))
         assert array.path == map_.path and array.name == map_.name
-    ours, theirs = (Windows(dataset.scenes, 32, 4).batch(3) for dataset in (arrays, maps))
+    ours, theirs = (Windows(dataset.scenes, 32, 4).batch(3) for dataset in (arrays, mapped))
     assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -185,6 +180,14 @@ def test_a_changed_file_is_decoded_again(tmp_path, write_folder):
     Image.new("L", (48, 40), 2).save(path)
     os.utime(path, ns=(6, 6))
     assert (np.asarray(load("folder", tmp_path, cache=cache).scenes[0].label) == 2).all()
+
+
+def test_a_cached_label_must_still_fit_its_image(tmp_path, write_folder):
+    write_folder(tmp_path)
+    load("folder", tmp_path, cache=tmp_path / "cache")
+    Image.new("RGB", (24, 40)).save(tmp_path / "train/images/x.png")
+    with pytest.raises(DataError, match="x.png: is 48 x 40 pixels, but its image .* 24 x 40"):
+        load("folder", tmp_path, cache=tmp_path / "cache")
 
 
 def test_other_classes_are_other_labels(tmp_path, write_folder):
@@ -220,8 +223,8 @@ def test_a_refused_label_leaves_nothing(tmp_path, write_folder):
     assert len(list((tmp_path / "cache").iterdir())) == 1  # the image
 
 
-def test_decoding_takes_the_memory_of_a_band(tmp_path, write_tiff):
-    """Image and label of 3000 rows are 5.8 and 1.9 MB decoded; a band is 256 rows of them."""
+def test_decoding_takes_the_memory_of_a_block_of_rows(tmp_path, write_tiff):
+    """Image and label of 3000 rows are 5.8 and 1.9 MB decoded. A block is 256 rows of them."""
     image = np.random.default_rng(0).integers(0, 256, (3000, 640, 3), np.uint8)
     label = encode_colours(image[..., 0] // 64, POTSDAM.colours)
     write_tiff(tmp_path / "top_potsdam_2_10_RGB.tif", image, rows=64, deflate=True)
@@ -396,9 +399,16 @@ def test_roots_that_are_not_there(tmp_path):
 # --- python data.py -----------------------------------------------------------------------------
 
 
-def test_write_toy_command(tmp_path, program):
+def test_toy_command(tmp_path, program, monkeypatch):
+    """Three scenes of each split, an image and a label each."""
+    monkeypatch.setattr(
+        toy, "scene", lambda seed: (np.zeros((8, 8, 3), "u1"), np.eye(8, 8, 0, "u1"))
+    )
     code, _ = program(data.main, (DataError,), "toy", "--root", tmp_path / "t")
     assert code == 0 and len(list((tmp_path / "t").rglob("*.tif"))) == 18
+    for split in SPLITS:
+        scenes = load("potsdam", tmp_path / "t", split).scenes
+        assert len(scenes) == 3 and all((scene.label == np.eye(8)).all() for scene in scenes)
 
 
 BAD_CALLS = {

@@ -1,5 +1,8 @@
 """data.py: windows are pure, image and label stay together, rare classes are seen."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 
@@ -7,7 +10,6 @@ from data import (
     Scene,
     Windows,
     default_rare_class_fraction,
-    load,
     photometric_jitter,
     prefetch,
     random_crop,
@@ -60,18 +62,34 @@ def test_windows_of_a_batch_and_of_steps_differ():
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_prefetch_yields_the_same_batches_in_order(threads):
-    windows = Windows(random_scenes(), 32, 2)
-    for wanted, (step, images, labels, waited) in zip(
-        range(4, 9), prefetch(windows, range(4, 9), threads), strict=True
+    windows, steps = Windows(random_scenes(), 32, 2), range(4, 9)
+    for wanted, (step, images, labels, _) in zip(
+        steps, prefetch(windows, steps, threads), strict=True
     ):
-        assert step == wanted and waited >= 0
+        assert step == wanted
         assert np.array_equal(images, windows.batch(step)[0])
         assert np.array_equal(labels, windows.batch(step)[1])
     assert list(prefetch(windows, range(0))) == []
 
 
+def test_prefetch_makes_the_next_batch_meanwhile_and_measures_the_wait():
+    made = [threading.Event() for _ in range(3)]
+
+    class SlowWindows:
+        def batch(self, step, map):
+            time.sleep(0.3)
+            made[step].set()
+            return step, step
+
+    batches = prefetch(SlowWindows(), range(3))
+    assert next(batches)[3] > 0.1  # the first batch cannot be made in advance
+    assert made[1].wait(10)  # before it is asked for
+    assert next(batches)[3] < 0.2
+    assert next(batches)[3] > 0.1  # asked for before it can be ready
+
+
 def test_a_scenes_margin_is_seen_nearly_as_often_as_its_middle():
-    """A third as often at the very edge; a window that starts anywhere inside: 1 in 33 times."""
+    """At the very edge a third as often. If windows started anywhere inside it would be 1 in 33."""
     rng, seen = np.random.default_rng(0), np.zeros(64)
     for _ in range(4000):
         begin = window_start(64, 32, rng)
@@ -84,8 +102,8 @@ def test_a_scenes_margin_is_seen_nearly_as_often_as_its_middle():
 
 
 def test_image_and_label_stay_together(monkeypatch):
-    """The label is painted into the image; after scaling and turning the two still agree, but for
-    the pixels that bilinear interpolation mixes along an edge."""
+    """The label is painted into the image. After scaling and turning the two still agree, except
+    where bilinear interpolation mixes the pixels along an edge."""
     rng = np.random.default_rng(0)
     label = (rng.random((10, 12)) < 0.5).astype(np.uint8).repeat(20, 0).repeat(20, 1)
     scene = Scene("s", np.repeat(255 * label[..., None], 3, 2), label)
@@ -110,7 +128,34 @@ def test_all_eight_orientations_occur(monkeypatch):
     assert len(corners) == 8
 
 
-def test_light_changes_values_and_not_places():
+def test_scenes_are_drawn_by_their_area():
+    scenes = [
+        Scene(f"s{i}", np.zeros((H, 30, 3), np.uint8), np.full((H, 30), i, np.uint8))
+        for i, H in enumerate((20, 60))
+    ]
+    windows = Windows(scenes, 4, 40)
+    labels = np.concatenate([windows.batch(step)[1] for step in range(50)])
+    # Of 2000 windows; the bound is four standard deviations of 3/4.
+    assert labels.mean() == pytest.approx(0.75, abs=0.04) and set(np.unique(labels)) == {0, 1}
+
+
+def test_jitter_is_one_contrast_about_each_bands_mean_and_an_exposure_per_band():
+    """Far from 0 and 255 a band's mean changes by its exposure alone, and the relative spread of
+    every band by the same contrast, whatever its brightness."""
+    rng, seen = np.random.default_rng(0), []
+    image = np.stack([rng.integers(m - 24, m + 25, (64, 64)) for m in (60, 90, 150, 180)], -1)
+    for seed in range(50):
+        jittered = photometric_jitter(image.astype(np.uint8), np.random.default_rng(seed)) + 0.5
+        exposure = jittered.mean((0, 1)) / image.mean((0, 1))  # 0.5: values are rounded down
+        contrast = jittered.std((0, 1)) / image.std((0, 1)) / exposure
+        assert np.ptp(exposure) < 0.06 and np.ptp(contrast) < 0.05
+        seen.append((*exposure, contrast[0]))
+    least, most = np.min(seen, axis=0), np.max(seen, axis=0)
+    assert (least[:4] > 0.87).all() and (most[:4] < 1.13).all() and (most - least > 0.15).all()
+    assert 0.78 < least[4] and most[4] < 1.28  # rounding blurs the spread
+
+
+def test_jitter_changes_values_and_not_places():
     image = np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (2, 1, 3))
     changed = photometric_jitter(image, np.random.default_rng(0)).astype(int)
     assert not np.array_equal(changed, image)
@@ -120,18 +165,23 @@ def test_light_changes_values_and_not_places():
 
 
 def test_without_augmentation_a_window_is_a_turned_piece_of_its_scene():
-    (scene,) = scenes = load("toy", None, "train").scenes[:1]
-    images, labels = Windows(scenes, crop=64, batch_size=8, augment=False).batch(3)
-    pieces = np.lib.stride_tricks.sliding_window_view(np.asarray(scene.label), (64, 64))
-    for image, label in zip(images.transpose(0, 2, 3, 1), labels, strict=True):
-        turns = [(np.rot90(image, k), np.rot90(label, k)) for k in range(4)]
-        turns += [(i[:, ::-1], m[:, ::-1]) for i, m in turns]
-        found = [
-            np.array_equal(i, scene.image[top : top + 64, left : left + 64])
-            for i, m in turns
-            for top, left in np.argwhere((pieces == m).all(axis=(2, 3)))
-        ]
-        assert any(found)
+    """Each pixel's first two bands are its row and column, so a window shows where it was cut and
+    how it was turned: from one pixel to the next, one coordinate changes by 1, the other by 0."""
+    H, W, rng, orientations = 200, 250, np.random.default_rng(0), set()
+    image = rng.integers(0, 256, (H, W, 3), np.uint8)
+    image[..., 0], image[..., 1] = np.mgrid[:H, :W]
+    scene = Scene("s", image, rng.integers(0, 6, (H, W), np.uint8))
+    windows = Windows([scene], crop=64, batch_size=8, augment=False)
+    for step in range(12):
+        for image, label in zip(*windows.batch(step), strict=True):
+            row, column = image[:2].astype(int)
+            assert np.array_equal(image.transpose(1, 2, 0), scene.image[row, column])
+            assert np.array_equal(label, scene.label[row, column])
+            steps = [np.diff(place, axis=axis) for place in (row, column) for axis in (0, 1)]
+            assert all((step == step[0, 0]).all() for step in steps)
+            orientations.add(tuple(int(step[0, 0]) for step in steps))
+    upright = {(down, 0, 0, right) for down in (1, -1) for right in (1, -1)}
+    assert orientations == upright | {(0, down, right, 0) for down, _, _, right in upright}
 
 
 def test_small_scenes_are_padded_and_the_padding_is_ignored():

@@ -148,7 +148,7 @@ def test_memory_is_that_of_a_row_of_windows_however_high_the_scene(
 ):
     """All that Python and numpy allocate from reading to writing, for a scene ten times as high."""
     monkeypatch.setattr(infer.pictures, "LARGEST_OVERLAY", 64)
-    monkeypatch.setattr(geotiff, "STRIP", 2**12)
+    monkeypatch.setattr(geotiff, "STRIP_SIZE", 2**12)
     options, peaks = {"window": 64, "overlap": 0.25, "device": "cpu"}, []
     for height in (640, 640, 6400):  # the first time is a warm-up
         image = random_image(height, 96)

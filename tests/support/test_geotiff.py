@@ -55,12 +55,12 @@ def test_rows_come_back(tmp_path, name, width):
     assert [*tmp_path.iterdir()] == [tmp_path / name]
 
 
-def test_memory_is_a_strip_however_high_the_map(tmp_path):
-    """Rows that wait for a full strip are fewer than one; nothing else grows but two offsets."""
+def test_the_memory_is_one_strip_whatever_the_height(tmp_path):
+    """Less than a strip of rows waits to be written. Apart from it only the offsets grow."""
     with create(tmp_path / "m.tif", (4000, 1000)) as file:
         for _ in range(40):
             file.append(noise(100, 1000))
-            assert len(file.waiting) < file.strip == geotiff.STRIP // 1000
+            assert len(file.waiting) < file.rows_per_strip == geotiff.STRIP_SIZE // 1000
     assert len(read_tags(tmp_path / "m.tif")[273][1]) == -(-4000 // 262)
 
 

@@ -19,7 +19,7 @@ def test_overlay_blends_the_classes_colours():
 
 
 @pytest.mark.parametrize("cuts", [(0,), (0, 1, 2, 50, 51, 120), (0, 7, 95)])
-def test_overlay_of_a_large_scene_shows_every_nth_pixel_whatever_the_bands(monkeypatch, cuts):
+def test_overlay_of_a_large_scene_shows_every_nth_pixel_whatever_the_blocks(monkeypatch, cuts):
     monkeypatch.setattr(pictures, "LARGEST_OVERLAY", 50)
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (130, 101, 4), np.uint8)  # the infrared is not shown
@@ -64,26 +64,41 @@ def test_curves_are_where_the_values_are():
     assert rows[columns.argmin()] > rows[columns.argmax()] + 150
 
 
-def test_curves_of_one_row_or_none():
-    line = {"title": [pictures.Line("y", "y", (255, 0, 0))]}
-    assert pictures.curves([{"step": 1, "y": 2.0}], line).size
-    assert pictures.curves([{"step": 1, "y": None}], line).size
+def test_curves_of_one_value_or_none():
+    """One value is a dot at the right end of its own tick; without a value nothing is drawn."""
+
+    def red_pixels(value):
+        line = {"title": [pictures.Line("y", "", (255, 0, 0))]}
+        picture = pictures.curves([{"step": 1, "y": value}], line)
+        pixels = np.asarray(picture).astype(int)
+        return np.argwhere((pixels[..., 0] > 200) & (pixels[..., 1] < 100))
+
+    dot = red_pixels(2.0)
+    assert (np.ptp(dot, axis=0) < 8).all() and 535 < dot[:, 1].mean() < 545  # of 560, less a margin
+    assert len(red_pixels(None)) == len(red_pixels(float("nan"))) == 0
 
 
 def test_ticks_are_round_and_cover():
-    for low, high in ((0, 1), (0.013, 0.97), (-3, 250), (5, 5), (0, 1e-9)):
+    expected = {
+        (0, 1): [0, 0.2, 0.4, 0.6, 0.8, 1],
+        (0.013, 0.97): [0, 0.2, 0.4, 0.6, 0.8, 1],
+        (-3, 250): [-50, 0, 50, 100, 150, 200, 250],
+    }
+    for span, ticks in expected.items():
+        assert pictures.nice_ticks(*span) == pytest.approx(ticks)
+    for low, high in ((5, 5), (0, 1e-9), (0, 0), (-1e6, 1e6)):
         ticks = pictures.nice_ticks(low, high)
         assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 9
 
 
-# --- The table of controls ----------------------------------------------------------------------
+# --- Differences between settings ---------------------------------------------------------------
 
 
 def test_forest_has_one_scale_for_all_rows():
-    """Bars of 1 +- 1 and 2 +- 1: equally long, the second half a bar further right; one value
-    alone has no bar."""
+    """Bars of 1 +- 1 and 2 +- 1 are equally long, and the second begins half a bar further right.
+    A single value has no bar."""
     spans = ([1.0], 1.0, 1.0), ([2.0], 2.0, 1.0), ([1.0], 1.0, None)
-    rows = [pictures.Difference("arm", *span) for span in spans]
+    rows = [pictures.Difference("setting", *span) for span in spans]
     image = np.asarray(pictures.forest(rows, "title")).astype(int)
     blue = np.abs(image - pictures.TRANSFORMER_COLOUR).sum(-1) < 60
     lines = np.array_split(np.nonzero(blue.any(1))[0], 2)  # pixel rows of each bar

@@ -168,7 +168,8 @@ def sixteen_bit_rgb_png(path):
 def faulty(how, tmp_path, write_tiff):
     """A file with one fault."""
     path, pixels = tmp_path / "x.tif", noise(20, 30, 3)
-    png = tmp_path / "x.png"
+    if how.endswith("PNG"):
+        return faulty_png(how, tmp_path / "x.png", pixels)
     tags = {
         "turned": {274: (3, [6])},
         "bits in reverse": {266: (3, [2])},
@@ -223,17 +224,19 @@ def faulty(how, tmp_path, write_tiff):
         path = tmp_path / "x.jpg"
         Image.fromarray(pixels).save(path)
         path.write_bytes(path.read_bytes()[:-200])
-    elif how.endswith("PNG"):
-        path = png
-        if how == "16 bit PNG":
-            sixteen_bit_rgb_png(png)
-        else:
-            mode = {"transparent PNG": "RGBA", "palette PNG": "P", "grey PNG": "L"}.get(how, "RGB")
-            Image.fromarray(pixels).convert(mode).save(png)
-        if how == "truncated PNG":
-            png.write_bytes(png.read_bytes()[:-200])
-        if how == "cut header of a PNG":
-            png.write_bytes(png.read_bytes()[:20])
+    return path
+
+
+def faulty_png(how, path, pixels):
+    if how == "16 bit PNG":
+        sixteen_bit_rgb_png(path)
+        return path
+    mode = {"transparent PNG": "RGBA", "palette PNG": "P", "grey PNG": "L"}.get(how, "RGB")
+    Image.fromarray(pixels).convert(mode).save(path)
+    if how == "truncated PNG":
+        path.write_bytes(path.read_bytes()[:-200])
+    if how == "cut header of a PNG":
+        path.write_bytes(path.read_bytes()[:20])
     return path
 
 

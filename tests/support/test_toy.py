@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 
-from support.toy import BUILDING, CAR, LOW, TREE, Canvas, cast_shadow, photograph, scene
+from support.layouts import SPLITS
+from support.toy import (
+    BUILDING,
+    CAR,
+    LOW,
+    SPLIT_SEEDS,
+    TREE,
+    Canvas,
+    cast_shadow,
+    photograph,
+    scene,
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +40,11 @@ def test_a_scene_is_a_pure_function_of_seed_and_size(towns):
     assert all(np.array_equal(a, b) for a, b in zip(towns[3], again, strict=True))
     assert not np.array_equal(towns[3][0], towns[4][0])
     assert not np.array_equal(towns[3][1], towns[4][1])
+
+
+def test_no_scene_is_in_two_splits():
+    seeds = [seed for split in SPLITS for seed in SPLIT_SEEDS[split]]
+    assert len(seeds) == len(set(seeds)) == 42
 
 
 @pytest.mark.parametrize("size", [128, 200, 500])
