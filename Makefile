@@ -1,8 +1,11 @@
 # make demo   sets up an environment, trains on toy scenes, writes runs/demo/
 # make test   sets up an environment, runs the tests
+# make lint   sets up an environment, checks style and format
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
+DEMO   := runs/demo
+RUFF   := 0.17.6
 
 .PHONY: demo test lint clean
 
@@ -12,21 +15,25 @@ $(VENV)/ready: requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+# A finished demo starts again. One that was interrupted goes on.
 demo: $(VENV)/ready
-	rm -rf runs/demo
-	$(PY) train.py --data toy --variant tiny --out runs/demo
-	$(PY) infer.py runs/demo/best.pt --data toy --split test
+	if [ -e $(DEMO)/last.pt ] && [ ! -e $(DEMO)/metrics.json ]; then resume=--resume; else rm -rf $(DEMO); fi; \
+	$(PY) train.py --data toy --variant tiny --out $(DEMO) $$resume
+	$(PY) infer.py $(DEMO)/best.pt --data toy --split test
 	@echo
-	@echo "Look at runs/demo/samples.png and runs/demo/curves.png. Next, on your own pictures:"
-	@echo "  $(PY) infer.py runs/demo/best.pt YOUR.tif --out runs/demo/maps"
+	@echo "Look at samples.png, curves.png and story.png (who taught whom) in $(DEMO). Next, on your own pictures:"
+	@echo "  $(PY) infer.py $(DEMO)/best.pt YOUR.tif --out $(DEMO)/maps"
 	@echo "  $(PY) train.py --data folder --root YOUR_DATA --out runs/mine"
 
 test: $(VENV)/ready
 	$(PY) -m pytest
 
-lint:
-	ruff check .
-	ruff format --check .
+$(VENV)/bin/ruff: $(VENV)/ready
+	$(PY) -m pip install --quiet --disable-pip-version-check ruff==$(RUFF)
+
+lint: $(VENV)/bin/ruff
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
 clean:
 	rm -rf $(VENV)

@@ -47,6 +47,7 @@ from support import audit, cli, toy
 from support.cache import Cache, MappedArray, NoCache
 from support.labels import CELL, MAX_UNKNOWN, ROWS, UNKNOWN, LabelReader, count_cells
 from support.layouts import BANDS, IGNORE, POTSDAM, SPLITS, Classes, SplitFiles, Tile, find_split
+from support.machine import keep_freed_memory
 from support.progress import Progress
 from support.raster import DataError, open_rows
 
@@ -429,6 +430,7 @@ class Config:
 
 def main(arguments: list[str]) -> int | None:
     config = cli.parse(Config, arguments, __doc__.partition("\n")[0])
+    keep_freed_memory()
     if config.command == "audit":
         splits = SPLITS if config.split == "all" else (config.split,)
         bands = None if config.bands == "auto" else config.bands

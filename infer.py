@@ -21,7 +21,6 @@ place on the ground.
 Letters: B batch, C channels, H W pixels, K classes.
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -411,8 +410,7 @@ def score(student, config: Config, options: dict) -> None:
         entry |= {"window": config.window, "overlap": config.overlap}
         entry |= {"classes": list(dataset.classes.names), "scenes": len(dataset.scenes)} | results
         make_folder(config.out)
-        with atomic_write(config.out / "metrics.json") as file:
-            file.write((json.dumps(entry, indent=1) + "\n").encode())
+        checkpoint.save_json(entry, config.out / "metrics.json")
 
 
 def submit(student, config: Config, options: dict) -> None:

@@ -16,7 +16,6 @@ Letters: B batch, C channels, H W pixels, K classes.
 """
 
 import csv
-import json
 import math
 import os
 import sys
@@ -31,15 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ctclm import CTCLM, SMALLEST_IMAGE, Losses, ModelConfig, ramp_up
-from data import (
-    DATA_SETS,
-    Dataset,
-    Scene,
-    Windows,
-    default_rare_class_fraction,
-    load,
-    prefetch,
-)
+from data import DATA_SETS, Dataset, Scene, Windows, default_rare_class_fraction, load, prefetch
 from infer import About, evaluate, save_transformer
 from kernels import TRANSFERS, gate
 from support import checkpoint, cli, diagnostics, machine, pictures
@@ -80,22 +71,17 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = cli.option("auto", "where to train")
 
     def __post_init__(self):
-        for name in ("steps", "batch", "crop", "lr"):
-            if not getattr(self, name) > 0:
-                raise cli.UsageError(f"--{name} must be positive; got {getattr(self, name)}")
-        if self.crop % 32:
-            raise cli.UsageError(f"--crop must be a multiple of 32; got {self.crop}")
-        if self.batch * self.crop**2 <= 32**2:  # a single position at stride 32 has no variance
-            raise cli.UsageError("--batch 1 needs --crop 64 or more")
-        if self.validations < 1:
-            raise cli.UsageError("--validations must be positive: the last step is validated")
+        for name in ("steps", "batch", "crop", "lr", "validations"):  # the last step is validated
+            value = getattr(self, name)
+            cli.require(value > 0, f"{cli.flag(name)} must be positive; got {value}")
+        cli.require(self.crop % 32 == 0, f"--crop must be a multiple of 32; got {self.crop}")
+        # A single position at stride 32 has no variance.
+        cli.require(self.batch * self.crop**2 > 32**2, "--batch 1 needs --crop 64 or more")
         for name in ("rare_class_fraction", "max_unknown"):
-            if not 0 <= (getattr(self, name) or 0) <= 1:
-                raise cli.UsageError(
-                    f"{cli.flag(name)} is a share, 0 to 1; got {getattr(self, name)}"
-                )
-        if not 0 <= self.seed < 2**63:
-            raise cli.UsageError(f"--seed must be at least 0; got {self.seed}")
+            value = getattr(self, name)
+            is_share = value is None or 0 <= value <= 1
+            cli.require(is_share, f"{cli.flag(name)} is a share, 0 to 1; got {value}")
+        cli.require(0 <= self.seed < 2**63, f"--seed must be at least 0; got {self.seed}")
 
     def saved(self) -> dict:
         """As plain types. Where to run and whether to resume are not part of what was run."""
@@ -141,7 +127,8 @@ class Run:
             group["lr"] = self.learning_rate()
         with self.autocast:
             output = self.model(images)
-            losses = self.model.objective(output, labels, self.ramp())
+            ramp = ramp_up(self.step, self.config.steps)
+            losses = self.model.objective(output, labels, ramp)
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         self.clip_gradients()
@@ -170,9 +157,6 @@ class Run:
             return c.lr * (self.step + 1) / warm_up
         t = (self.step - warm_up) / max(1, c.steps - warm_up)
         return c.lr * 0.5 * (1 + math.cos(math.pi * t))
-
-    def ramp(self) -> float:
-        return ramp_up(self.step, self.config.steps)
 
     # --- The loop ---
 
@@ -214,7 +198,7 @@ class Run:
         """One row of the log: means since the last one."""
         terms = torch.tensor([[float(term) for term in losses] for losses in history]).mean(0)
         row = {"step": self.step} | dict(zip(Losses._fields, terms.tolist(), strict=True))
-        row |= {"ramp": self.ramp(), "lr": self.learning_rate()}
+        row |= {"ramp": ramp_up(self.step, self.config.steps), "lr": self.learning_rate()}
         row["images_per_s"] = len(history) * self.config.batch / seconds
         row["data_wait"] = waited / seconds
         if isinstance(self.model, CTCLM):
@@ -279,16 +263,16 @@ class Run:
         """Go on where last.pt was written; raises UsageError when it was with other options."""
         out, state = self.config.out, checkpoint.read(self.config.out / "last.pt", "ctclm-training")
         for key, value in self.config.saved().items():
-            if key not in state["config"]:
-                raise cli.UsageError(
-                    f"{out}: was started by a version without {cli.flag(key)}, "
-                    f"and can only be resumed with that version"
-                )
-            if (before := state["config"][key]) != value:
-                raise cli.UsageError(
-                    f"{out}: was started with {cli.flag(key)} {before}, not {value}; "
-                    f"resume it with the same options"
-                )
+            cli.require(
+                key in state["config"],
+                f"{out}: was started by a version without {cli.flag(key)}, "
+                f"and can only be resumed with that version",
+            )
+            cli.require(
+                (before := state["config"][key]) == value,
+                f"{out}: was started with {cli.flag(key)} {before}, not {value}; "
+                f"resume it with the same options",
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.log, self.best = state["step"], state["log"], state["best"]
@@ -306,16 +290,11 @@ class Run:
     def finish(self) -> None:
         """metrics.json, curves.png, story.png, samples.png."""
         out, classes = self.config.out, self.val_set.classes
-        write_json(
-            {
-                "validation": {k: v for k, v in self.best.items() if k != "cnn"},
-                "cnn_validation": self.best.get("cnn"),
-                "cost": self.cost(),
-                "training_seconds": round(self.seconds, 1),
-                "machine": machine.describe(self.device),
-            },
-            out / "metrics.json",
-        )
+        entry = {"validation": {k: v for k, v in self.best.items() if k != "cnn"}}
+        entry |= {"cnn_validation": self.best.get("cnn"), "cost": self.cost()}
+        entry |= {"training_seconds": round(self.seconds, 1)}
+        entry |= {"machine": machine.describe(self.device)}
+        checkpoint.save_json(entry, out / "metrics.json")
         log = diagnostics.in_per_cent(self.log)
         pictures.curves(log, diagnostics.training_panels(log)).save(out / "curves.png")
         if isinstance(self.model, CTCLM):
@@ -356,11 +335,11 @@ def prepare(config: Config) -> Run:
 def prepare_folder(config: Config) -> None:
     out, last = config.out, config.out / "last.pt"
     if config.resume:
-        if not last.exists():
-            raise cli.UsageError(f"{last}: no such file, so there is nothing to resume")
-    elif out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {"cache"}):
-        raise cli.UsageError(
-            f"{out}: is not empty; continue it with --resume or choose another --out"
+        cli.require(last.exists(), f"{last}: no such file, so there is nothing to resume")
+    elif out.exists():
+        is_new = out.is_dir() and {p.name for p in out.iterdir()} <= {"cache"}
+        cli.require(
+            is_new, f"{out}: is not empty; continue it with --resume or choose another --out"
         )
     out.mkdir(parents=True, exist_ok=True)
 
@@ -393,14 +372,8 @@ def make_windows(config: Config, scenes: list[Scene], augment: bool = True) -> W
     fraction = config.rare_class_fraction
     if fraction is None:
         fraction = default_rare_class_fraction(scenes)
-    return Windows(
-        scenes,
-        config.crop,
-        config.batch,
-        seed=config.seed,
-        rare_class_fraction=fraction,
-        augment=augment,
-    )
+    size = (config.crop, config.batch, config.seed)
+    return Windows(scenes, *size, rare_class_fraction=fraction, augment=augment)
 
 
 def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -444,15 +417,11 @@ def samples(
     return found
 
 
-def write_json(entry: dict, path: Path) -> None:
-    path.write_text(json.dumps(entry, indent=1) + "\n")
-
-
 def main(arguments: list[str]) -> None:
     config = cli.parse(Config, arguments, __doc__.partition("\n")[0])
     machine.keep_freed_memory()
     run = prepare(config)
-    write_json(config.saved(), config.out / "config.json")
+    checkpoint.save_json(config.saved(), config.out / "config.json")
     classes, windows = run.val_set.classes, run.windows
     if rare := [classes.names[pixels.k] for pixels in windows.rare_classes]:
         share = f"{windows.rare_class_fraction:.0%}"

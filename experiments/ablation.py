@@ -145,7 +145,7 @@ def run_cell(config: Config, name: str, seed: int, ratio: float, threads: int) -
         shutil.rmtree(options.out, ignore_errors=True)
         options.out.mkdir(parents=True)
     run = start_cell(config, name, seed, options)
-    train.write_json(options.saved() | {"setting": name}, options.out / "config.json")
+    checkpoint.save_json(options.saved() | {"setting": name}, options.out / "config.json")
     with (
         open(options.out / "output.txt", "a") as file,
         redirect_stdout(file),
@@ -272,7 +272,7 @@ def prepare(config: Config) -> dict:
     config.results.mkdir(parents=True, exist_ok=True)
     options = config.shared() | {"time_ratio": round(step_times(config), 3)}
     options["machine"] = machine.describe(machine.pick_device(config.device))
-    train.write_json(options, path)
+    checkpoint.save_json(options, path)
     return options
 
 

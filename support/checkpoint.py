@@ -7,6 +7,7 @@
 fills up. Here the bytes go to a temporary file. Once they are on the disk it is renamed.
 """
 
+import json
 import os
 import pickle
 import zipfile
@@ -47,6 +48,12 @@ def save(contents: dict, path: Path) -> None:
     """Write `contents` (plain types and tensors); an interruption leaves the old file."""
     with atomic_write(path) as file:
         torch.save(contents, file)
+
+
+def save_json(entry: dict, path: Path) -> None:
+    """Write plain types as a file that people can read, as safely as `save`."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(entry, indent=1) + "\n").encode())
 
 
 def read(path: Path, kind: str) -> dict:

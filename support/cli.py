@@ -26,6 +26,12 @@ class UsageError(ValueError):
     """An option that cannot be honoured; the message says which and what to do."""
 
 
+def require(condition: bool, sentence: str) -> None:
+    """UsageError with this sentence unless the condition holds."""
+    if not condition:
+        raise UsageError(sentence)
+
+
 def option(default, help, *, positional: bool = False):
     """A dataclass field that is also a command-line option; `help` is the reason it exists."""
     metadata = {"help": help, "positional": positional}

@@ -1,4 +1,9 @@
-"""The machine a program runs on: its device, its allocator, and what a report says about it."""
+"""The machine that a program runs on: its device, its allocator, its description.
+
+device = pick_device("auto")        # a GPU if there is one
+keep_freed_memory()                 # once, at the start of a program
+describe(device)                    # hardware and versions, for a file of results
+"""
 
 import ctypes
 import os

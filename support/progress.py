@@ -1,4 +1,8 @@
-"""Progress and time left, for everything that a user waits for."""
+"""Progress and time left, for everything that a user waits for.
+
+with Progress("scene.tif") as progress:
+    for i in range(n): progress((i + 1) / n)        # "scene.tif:  25%, 1:30 left" on stderr
+"""
 
 import sys
 import time

@@ -317,7 +317,7 @@ BAD_OPTIONS = {
     "--val-tiles 2_10": "no tiles",
     "--data folder --root /nowhere/at/all": "/nowhere/at/all: no such folder",
     "--resume": "there is nothing to resume",
-    "--validations 0": "--validations must be positive",
+    "--validations 0": "--validations must be positive; got 0",
     "--rare-class-fraction 1.5": "--rare-class-fraction is a share, 0 to 1; got 1.5",
     "--rare-class-fraction often": "invalid float value: 'often'",
     "--max-unknown -1": "--max-unknown is a share, 0 to 1; got -1.0",

@@ -1,5 +1,6 @@
 """checkpoint.py: whole files only, and nothing is believed unseen."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -22,6 +23,15 @@ def test_round_trip(tmp_path):
         checkpoint.read(tmp_path / "last.pt", "ctclm-training")["model"]["w"], torch.ones(1000)
     )
     assert os.listdir(tmp_path) == ["last.pt"]  # no temporary file is left
+
+
+def test_json_is_as_safe(tmp_path):
+    checkpoint.save_json({"a": [1, None]}, tmp_path / "x.json")
+    assert (tmp_path / "x.json").read_text() == '{\n "a": [\n  1,\n  null\n ]\n}\n'
+    with pytest.raises(TypeError):
+        checkpoint.save_json({"a": object()}, tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1, None]}
+    assert os.listdir(tmp_path) == ["x.json"]
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
