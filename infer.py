@@ -87,12 +87,16 @@ def load_transformer(path: Path) -> Transformer:
     """
     contents = checkpoint.read(path, "ctclm-transformer")
     config, known = contents["config"], contents["about"]
-    student = Transformer(VARIANTS[config["variant"]], config["num_classes"], config["in_channels"])
-    student.load_state_dict(contents["model"])
+    transformer = Transformer(
+        VARIANTS[config["variant"]], config["num_classes"], config["in_channels"]
+    )
+    transformer.load_state_dict(contents["model"])
     colours = tuple(tuple(colour) for colour in known["colours"])
     classes = Classes(tuple(known["classes"]), colours)
-    student.about = About(classes, known["data"], known["bands"], known["step"], known["val_miou"])
-    return student.eval()
+    transformer.about = About(
+        classes, known["data"], known["bands"], known["step"], known["val_miou"]
+    )
+    return transformer.eval()
 
 
 # --- A whole scene, window by window --------------------------------------------------------------
@@ -119,7 +123,7 @@ def axis_windows(length: int, window: int, overlap: float) -> tuple[list[int], n
 
 @torch.no_grad()
 def predict(
-    student: Callable[[Tensor], Tensor],
+    model: Callable[[Tensor], Tensor],
     image: np.ndarray | Rows,
     window: int = 512,
     overlap: float = 0.25,
@@ -129,7 +133,7 @@ def predict(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (first row, class probabilities (K, rows, W) float32) from top to bottom.
 
-    image (H, W, C) uint8 of any size, an array or the rows of a file; student: images (B, C, H, W)
+    image (H, W, C) uint8 of any size, an array or the rows of a file; model: images (B, C, H, W)
     0..255 -> logits (B, K, ...) at any resolution; window in pixels, overlap as a share of it; tta:
     the mean over the eight orientations of each window; progress(share) after each row of windows.
     """
@@ -142,7 +146,7 @@ def predict(
         pixels = image[top : top + height]  # (height, W, C)
         blended = None  # (K, height, W)
         for column, left in enumerate(columns):
-            p = probabilities(student, pixels[:, left : left + width], device, tta)
+            p = probabilities(model, pixels[:, left : left + width], device, tta)
             if blended is None:
                 blended = np.zeros((len(p), height, W), np.float32)
             p *= np.outer(row_weights[index], column_weights[column]).astype(np.float32)
@@ -157,7 +161,7 @@ def predict(
         yield top, blended[:, : following - top]
 
 
-def probabilities(student, tile: np.ndarray, device, tta: bool = False) -> np.ndarray:
+def probabilities(model, tile: np.ndarray, device, tta: bool = False) -> np.ndarray:
     """softmax(logits) of one tile (H, W, C) at its own size, (K, H, W) float32.
 
     With `tta` the mean over flips and quarter turns: seen from above, no orientation is special.
@@ -166,25 +170,25 @@ def probabilities(student, tile: np.ndarray, device, tta: bool = False) -> np.nd
         total = 0
         for quarter in range(4):
             turned = np.rot90(tile, quarter)
-            p = probabilities(student, turned, device)
-            p = p + probabilities(student, turned[:, ::-1], device)[:, :, ::-1]
+            p = probabilities(model, turned, device)
+            p = p + probabilities(model, turned[:, ::-1], device)[:, :, ::-1]
             total = total + np.rot90(p, -quarter, axes=(1, 2))
         return total / np.float32(8)
     H, W = tile.shape[:2]
     below, right = -H % STRIDE, -W % STRIDE
     tile = np.pad(tile, ((0, below), (0, right), (0, 0)), "symmetric")
     images = torch.from_numpy(tile).to(device).permute(2, 0, 1)[None].float()
-    logits = student(images).float()
+    logits = model(images).float()
     if logits.shape[-2:] != images.shape[-2:]:
         logits = F.interpolate(logits, images.shape[-2:], mode="bilinear")
     return logits.softmax(dim=1)[0, :, :H, :W].cpu().numpy()
 
 
-def predict_classes(student, image: np.ndarray | Rows, **options):
+def predict_classes(model, image: np.ndarray | Rows, **options):
     """Class map (H, W) uint8 and the probability of each pixel's class, (H, W) float32."""
     H, W = image.shape[:2]
     classes, confidence = np.empty((H, W), np.uint8), np.empty((H, W), np.float32)
-    for top, p in predict(student, image, **options):
+    for top, p in predict(model, image, **options):
         bottom = top + p.shape[1]
         classes[top:bottom] = p.argmax(axis=0)
         confidence[top:bottom] = p.max(axis=0)
@@ -195,7 +199,7 @@ def predict_classes(student, image: np.ndarray | Rows, **options):
 
 
 def evaluate(
-    student,
+    model,
     dataset: Dataset,
     progress=None,
     protocols: bool = False,
@@ -203,7 +207,7 @@ def evaluate(
     crop: int = MMSEG_CROP,
     **options,
 ) -> dict:
-    """Scores of `student` on whole scenes: miou, mf1, oa, kappa, iou, f1, boundary_f1, ...
+    """Scores of `model` on whole scenes: miou, mf1, oa, kappa, iou, f1, boundary_f1, ...
 
     Against full labels, and against eroded ones where there are no others; `domains` has them per
     domain where scenes have one. With `protocols` also `conventions`, a dict for each published way
@@ -216,12 +220,12 @@ def evaluate(
             if progress:
                 progress((index + done) / len(dataset.scenes))
 
-        prediction, _ = predict_classes(student, scene.image, progress=share, **options)
+        prediction, _ = predict_classes(model, scene.image, progress=share, **options)
         tally.add(prediction, scene)
         if protocols and scene.eroded is not None:
             tally.add_protocols(prediction, scene)
             for piece, padding in geoseg_padding(scene.image, patch, options.get("window", 512)):
-                tally.add_padding(predict_classes(student, piece, **options)[0][padding])
+                tally.add_padding(predict_classes(model, piece, **options)[0][padding])
     return tally.result() | ({"conventions": tally.conventions()} if protocols else {})
 
 
@@ -284,14 +288,14 @@ def main(arguments: list[str]) -> None:
     config = cli.parse(Config, arguments, __doc__.partition("\n")[0])
     keep_freed_memory()
     device = pick_device(config.device)
-    student = load_transformer(config.checkpoint).to(device)
+    model = load_transformer(config.checkpoint).to(device)
     options = {"window": config.window, "overlap": config.overlap, "device": device}
     if config.images:
-        write_maps(student, config, options | {"tta": config.tta})
+        write_maps(model, config, options | {"tta": config.tta})
     elif config.submission:
-        submit(student, config, options | {"tta": config.tta})
+        submit(model, config, options | {"tta": config.tta})
     else:
-        score(student, config, options)
+        score(model, config, options)
 
 
 def make_folder(path: Path) -> None:
@@ -304,27 +308,27 @@ def make_folder(path: Path) -> None:
 # --- Maps ---------------------------------------------------------------------------------------
 
 
-def write_maps(student, config: Config, options: dict) -> None:
+def write_maps(model, config: Config, options: dict) -> None:
     out = config.out or Path("maps")
     twice = [stem for stem, n in Counter(path.stem for path in config.images).items() if n > 1]
     if twice:
         raise cli.UsageError(f"two images are called {twice[0]}: map them to different folders")
     for path in config.images:  # all of them, before the first hour of work
-        check_bands(student, config, open_rows(path).shape[2], path)
-    if student.about.bands != "rgb":
+        check_bands(model, config, open_rows(path).shape[2], path)
+    if model.about.bands != "rgb":
         print(
-            f"{config.checkpoint} was trained on {student.about.bands}: "
+            f"{config.checkpoint} was trained on {model.about.bands}: "
             f"the images' bands are taken for these"
         )
     make_folder(out)
     for path in config.images:
-        write_map(student, path, out, config.confidence, options)
+        write_map(model, path, out, config.confidence, options)
 
 
-def write_map(student, path: Path, out: Path, confidence: bool, options: dict) -> None:
+def write_map(model, path: Path, out: Path, confidence: bool, options: dict) -> None:
     """The class map of one image, an overlay, and where asked the confidence."""
     begin, rows = time.perf_counter(), open_rows(path)
-    classes = student.about.classes
+    classes = model.about.classes
     (H, W), place = rows.shape[:2], georeference(path)
     suffix = ".tif" if header(path).format == "TIFF" else ".png"
     written = out / f"{path.stem}_classes{suffix}"
@@ -335,7 +339,7 @@ def write_map(student, path: Path, out: Path, confidence: bool, options: dict) -
         if confidence:
             name = out / f"{path.stem}_confidence{suffix}"
             confidence_file = stack.enter_context(create(name, (H, W), place=place))
-        for top, p in predict(student, rows, progress=progress, **options):
+        for top, p in predict(model, rows, progress=progress, **options):
             labels = p.argmax(axis=0).astype(np.uint8)
             classes_file.append(labels)
             if confidence:
@@ -349,38 +353,38 @@ def write_map(student, path: Path, out: Path, confidence: bool, options: dict) -
     print(f"{written}  {W} x {H}, {time.perf_counter() - begin:.1f} s: {summary}")
 
 
-def check_bands(student, config: Config, bands: int, what) -> None:
-    """DataError when `what` has other bands than the images that the student was trained on."""
-    wanted = student.normalise.in_channels
+def check_bands(model, config: Config, bands: int, what) -> None:
+    """DataError when `what` has other bands than the images that the model was trained on."""
+    wanted = model.normalise.in_channels
     if bands != wanted:
         raise DataError(
             f"{what}: has {bands} bands, but {config.checkpoint} was trained on {wanted} "
-            f"({student.about.bands})"
+            f"({model.about.bands})"
         )
 
 
 # --- Scores -------------------------------------------------------------------------------------
 
 
-def load_scenes(student, config: Config, split: str) -> Dataset:
-    """The data set, if its classes and bands are those that the student knows."""
+def load_scenes(model, config: Config, split: str) -> Dataset:
+    """The data set, if its classes and bands are those that the model knows."""
     options = {"cache": config.cache, "max_unknown": config.max_unknown}
-    options["bands"] = student.about.bands
+    options["bands"] = model.about.bands
     dataset = load(config.data, config.root, split, config.tiles, **options)
-    if dataset.classes.names != student.about.classes.names:
+    if dataset.classes.names != model.about.classes.names:
         raise DataError(
-            f"{config.checkpoint}: was trained on {', '.join(student.about.classes.names)}; "
+            f"{config.checkpoint}: was trained on {', '.join(model.about.classes.names)}; "
             f"{config.data} has {', '.join(dataset.classes.names)}"
         )
     for scene in dataset.scenes:
-        check_bands(student, config, scene.image.shape[2], scene.path or scene.name)
+        check_bands(model, config, scene.image.shape[2], scene.path or scene.name)
     return dataset
 
 
-def score(student, config: Config, options: dict) -> None:
+def score(model, config: Config, options: dict) -> None:
     """Print the scores, with --tta twice; metrics.json has them all."""
     split = config.split or "val"
-    dataset = load_scenes(student, config, split)
+    dataset = load_scenes(model, config, split)
     if any(scene.label is None for scene in dataset.scenes):
         raise DataError(f"the {split} split of {config.data} has no labels to score against")
     if config.protocol in ("geoseg", "mmseg"):
@@ -399,7 +403,7 @@ def score(student, config: Config, options: dict) -> None:
     for name in ("plain", "tta") if config.tta else ("plain",):
         settings = options | {"tta": name == "tta", "protocols": bool(config.protocol)}
         with Progress(f"{len(dataset.scenes)} scenes") as progress:
-            result = results[name] = evaluate(student, dataset, progress, **settings)
+            result = results[name] = evaluate(model, dataset, progress, **settings)
         if config.tta:
             print("\naveraged over eight orientations" if name == "tta" else "\none orientation")
         print(f"\n{table(result, dataset.classes)}")
@@ -413,9 +417,9 @@ def score(student, config: Config, options: dict) -> None:
         checkpoint.save_json(entry, config.out / "metrics.json")
 
 
-def submit(student, config: Config, options: dict) -> None:
+def submit(model, config: Config, options: dict) -> None:
     """The test set's maps as the server wants them, believed only after reading the file back."""
-    dataset = load_scenes(student, config, "test")
+    dataset = load_scenes(model, config, "test")
     expected = {f"{number}.png" for number in LOVEDA_TEST}
     sizes = {scene.path.name: scene.image.shape[:2] for scene in dataset.scenes}
     if wrong := sorted(expected ^ set(sizes)):
@@ -428,7 +432,7 @@ def submit(student, config: Config, options: dict) -> None:
     with atomic_write(config.submission) as file, Progress(f"{len(sizes)} images") as progress:
         with ZipFile(file, "w", ZIP_DEFLATED) as archive:
             for index, scene in enumerate(dataset.scenes):
-                labels, _ = predict_classes(student, scene.image, **options)
+                labels, _ = predict_classes(model, scene.image, **options)
                 picture = BytesIO()
                 Image.fromarray(labels).save(picture, "PNG")
                 archive.writestr(scene.path.name, picture.getvalue())
