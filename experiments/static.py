@@ -28,6 +28,7 @@ import torch
 from kernels.attention import HEAD_DIMENSIONS, backward_blocks, forward_blocks
 from kernels.attention import backward_kernel as attention_backward
 from kernels.attention import forward_kernel as attention_forward
+from kernels.attention import statistics_kernel as attention_statistics
 from kernels.choose import INTERPRETED, triton
 from kernels.distill import BACKWARD_LANES, CELL_ROWS, FORWARD_LANES
 from kernels.distill import backward_kernel as loss_backward
@@ -70,26 +71,30 @@ TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # float16 compiles as b
 def attention_builds(shared_memory: int) -> list[Build]:
     """M = 256 fills one chunk; M = 1000 needs several, the last one in part, as float32 always
     does."""
-    ways = (
-        ("forward", attention_forward, forward_blocks),
-        ("backward", attention_backward, backward_blocks),
-    )
     bf16, fp32 = torch.bfloat16, torch.float32
     found = []
     for dtype, M in ((bf16, 256), (bf16, 1000), (fp32, 1000)):
         for D in HEAD_DIMENSIONS:
-            for way, kernel, blocks_of in ways:
-                b = blocks_of(M, D, dtype, shared_memory)
-                constants = {"D": D, "QUERIES": b.queries, "KEYS": b.keys, "TILES": 8}
-                constants |= {"CHUNKS": triton.cdiv(M, b.keys), "ACCUMULATE": M > b.keys}
-                constants |= {"RAGGED": M % b.keys != 0}
+            forward = forward_blocks(M, D, dtype, shared_memory)
+            backward = backward_blocks(M, D, dtype, shared_memory)
+            kernels = [("forward", attention_forward, forward)]
+            if M > backward.keys:
+                kernels.append(("statistics", attention_statistics, backward))
+            kernels.append(("backward", attention_backward, backward))
+            for name, kernel, blocks in kernels:
+                constants = {"D": D, "QUERIES": blocks.queries, "KEYS": blocks.keys, "TILES": 8}
+                constants |= {"CHUNKS": triton.cdiv(M, blocks.keys)}
+                constants |= {"RAGGED": M % blocks.keys != 0}
                 types = dict.fromkeys(("q", "k", "v", "o", "do", "dq"), f"*{TYPES[dtype]}")
-                types |= dict.fromkeys(("lse", "dk", "dv"), "*fp32")
+                types |= dict.fromkeys(("statistics", "dk", "dv"), "*fp32")
                 types |= dict.fromkeys(("scale", "scale_2"), "fp32")
-                if M > b.keys:  # several chunks of keys add up dq
+                if M > blocks.keys:  # several chunks of keys add up dq
                     types |= {"dq": "*fp32"}
-                name = f"attention {way} {TYPES[dtype]} D={D} M={M}"
-                found.append(Build(name, kernel, types, constants, b.warps, b.stages, M == 1000))
+                name = f"attention {name} {TYPES[dtype]} D={D} M={M}"
+                ragged = M == 1000
+                found.append(
+                    Build(name, kernel, types, constants, blocks.warps, blocks.stages, ragged)
+                )
     return found
 
 

@@ -48,7 +48,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     same = q.dtype == k.dtype == v.dtype != torch.float64
     if use_triton(q, same and q.shape[3] in HEAD_DIMENSIONS and k.shape[2] > 0 and q.numel() > 0):
-        return fused_attention(q, k, v, scale)[0]
+        return fused_attention(q, k, v, scale)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
@@ -106,7 +106,6 @@ def forward_kernel(
     k,
     v,
     o,  # (B, N, h, D)
-    lse,  # (B, h, N) float32: the logarithm of the softmax's denominator, base 2
     q_image,  # strides in elements; the last dimension is contiguous
     q_head,
     q_row,
@@ -134,7 +133,6 @@ def forward_kernel(
     k += image * k_image + head * k_head
     v += image * v_image + head * v_head
     o += (image * N * h + head) * D
-    lse += (image * h + head) * N
     if CHUNKS == 1:
         m = tl.arange(0, KEYS)
         keys, values = rows_of(k, m, k_row, M, D), rows_of(v, m, v_row, M, D)
@@ -160,7 +158,77 @@ def forward_kernel(
             top = new_top
         at = n[:, None] * h * D + tl.arange(0, D)[None, :]
         tl.store(o + at, out / total[:, None], mask=n[:, None] < N)
-        tl.store(lse + n, top + tl.log2(total), mask=n < N)
+
+
+@jit
+def transposed_scores(keys, queries, m, M, scale_2, RAGGED: tl.constexpr):
+    """log2(e) scale k q^T, (KEYS, QUERIES); minus infinity beyond the last key."""
+    s = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale_2
+    return tl.where(m[:, None] < M, s, float("-inf")) if RAGGED else s
+
+
+@jit
+def statistics_kernel(
+    q,
+    k,
+    v,
+    do,
+    statistics,  # (3, B, h, N) float32
+    q_image,
+    q_head,
+    q_row,
+    k_image,
+    k_head,
+    k_row,
+    v_image,
+    v_head,
+    v_row,
+    do_image,
+    do_head,
+    do_row,
+    N,
+    M,
+    scale_2,
+    D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    TILES: tl.constexpr,
+    RAGGED: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """What the gradients of one chunk of keys have to know of all chunks: for each query the
+    largest score, the softmax's denominator relative to it, and sum_m p dp.
+
+    The three stay apart: the logarithm of the denominator, added to a score of thousands, would be
+    rounded to a thousandth, and the weights would no longer sum to 1.
+    """
+    part, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, B = tl.num_programs(1), tl.num_programs(2).to(tl.int64)
+    q += image * q_image + head * q_head
+    k += image * k_image + head * k_head
+    v += image * v_image + head * v_head
+    do += image * do_image + head * do_head
+    statistics += (image * h + head) * N
+    for t in range(TILES):
+        n = (part * TILES + t) * QUERIES + tl.arange(0, QUERIES)
+        queries, upstream = rows_of(q, n, q_row, N, D), rows_of(do, n, do_row, N, D)
+        top = tl.full((QUERIES,), float("-inf"), tl.float32)
+        total = tl.zeros((QUERIES,), tl.float32)
+        weighted = tl.zeros((QUERIES,), tl.float32)
+        for c in range(CHUNKS):
+            m = c * KEYS + tl.arange(0, KEYS)
+            keys, values = rows_of(k, m, k_row, M, D), rows_of(v, m, v_row, M, D)
+            s = transposed_scores(keys, queries, m, M, scale_2, RAGGED)
+            dp = tl.dot(values, tl.trans(upstream), input_precision="ieee")
+            new_top = tl.maximum(top, tl.max(s, 0))
+            e = tl.exp2(s - new_top[None, :])  # (KEYS, QUERIES)
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + tl.sum(e, 0)
+            weighted = weighted * shrink + tl.sum(e * dp, 0)
+            top = new_top
+        tl.store(statistics + n, top, mask=n < N)
+        tl.store(statistics + B * h * N + n, total, mask=n < N)
+        tl.store(statistics + 2 * B * h * N + n, weighted / total, mask=n < N)
 
 
 @jit
@@ -168,9 +236,8 @@ def backward_kernel(
     q,
     k,
     v,
-    o,  # (B, N, h, D)
     do,
-    lse,  # (B, h, N)
+    statistics,  # (3, B, h, N) float32, read where there are several chunks of keys
     dq,  # (B, N, h, D)
     dk,  # (slices, B, h, M, D) float32
     dv,
@@ -196,24 +263,29 @@ def backward_kernel(
     KEYS: tl.constexpr,
     TILES: tl.constexpr,
     RAGGED: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     """A slice of TILES x QUERIES queries against the KEYS keys from `first_key` on.
 
-        p = softmax(s)   dv = p^T do   ds = p (do v^T - rowsum(o do))   dq = ds k   dk = ds^T q
+        p = softmax(s)   dv = p^T do   dp = do v^T   ds = p (dp - sum_m p dp)
+        dq = scale ds k   dk = scale ds^T q
 
-    Scores are held transposed, (KEYS, QUERIES), so that dv and dk need no transpose. dq is finished
-    here, or added to that of the chunk of keys before; dk and dv are sums over this slice only.
+    Scores are held transposed, (KEYS, QUERIES), so that dv and dk need no transpose. They are
+    products of the same numbers as in the forward pass, added up in another order, so a score of
+    thousands may differ by a thousandth. So nothing of the forward pass is used: the maximum, the
+    denominator and sum_m p dp come from the scores of this pass, and by construction p sums to 1
+    and ds to 0, to the rounding of p itself.
+
+    dq is finished here, or added to that of the chunk of keys before; dk and dv are sums over this
+    slice only.
     """
     part, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    h, B = tl.num_programs(1), tl.num_programs(2)
+    h, B = tl.num_programs(1), tl.num_programs(2).to(tl.int64)
     q += image * q_image + head * q_head
     k += image * k_image + head * k_head
     v += image * v_image + head * v_head
     do += image * do_image + head * do_head
-    o += (image * N * h + head) * D
     dq += (image * N * h + head) * D
-    lse += (image * h + head) * N
     dk += ((part * B + image) * h + head) * M * D
     dv += ((part * B + image) * h + head) * M * D
     m = first_key + tl.arange(0, KEYS)
@@ -223,19 +295,26 @@ def backward_kernel(
     for t in range(TILES):
         n = (part * TILES + t) * QUERIES + tl.arange(0, QUERIES)
         queries, upstream = rows_of(q, n, q_row, N, D), rows_of(do, n, do_row, N, D)
-        out = rows_of(o, n, h * D, N, D)
-        delta = tl.sum(out.to(tl.float32) * upstream.to(tl.float32), 1)
-        s = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale_2
-        p = tl.exp2(s - tl.load(lse + n, mask=n < N, other=0.0)[None, :])  # (KEYS, QUERIES)
-        if RAGGED:
-            p = tl.where(m[:, None] < M, p, 0.0)
+        s = transposed_scores(keys, queries, m, M, scale_2, RAGGED)
+        if CHUNKS == 1:
+            p = tl.exp2(s - tl.max(s, 0)[None, :])  # (KEYS, QUERIES)
+            p *= (1 / tl.sum(p, 0))[None, :]
+        else:
+            row = statistics + (image * h + head) * N + n
+            top = tl.load(row, mask=n < N, other=0.0)
+            total = tl.load(row + B * h * N, mask=n < N, other=1.0)
+            p = tl.exp2(s - top[None, :]) * (1 / total)[None, :]
         sum_dv = tl.dot(p.to(upstream.dtype), upstream, sum_dv, input_precision="ieee")
         dp = tl.dot(values, tl.trans(upstream), input_precision="ieee")
+        if CHUNKS == 1:
+            delta = tl.sum(p * dp, 0)
+        else:
+            delta = tl.load(row + 2 * B * h * N, mask=n < N, other=0.0)
         ds = (p * (dp - delta[None, :])).to(queries.dtype)
         sum_dk = tl.dot(ds, queries, sum_dk, input_precision="ieee")
         tile = tl.dot(tl.trans(ds), keys, input_precision="ieee") * scale  # of dq
         at = n[:, None] * h * D + tl.arange(0, D)[None, :]
-        if ACCUMULATE:
+        if CHUNKS > 1:
             tile += tl.load(dq + at, mask=n[:, None] < N, other=0.0)
         tl.store(dq + at, tile, mask=n[:, None] < N)
     at = m[:, None] * D + tl.arange(0, D)[None, :]
@@ -247,27 +326,25 @@ def backward_kernel(
 
 
 @torch.library.custom_op("ctclm::attention", mutates_args=())
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T) v, and the logarithms (base 2) of the denominators (B, h, N)."""
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     B, h, N, D = q.shape
     M = k.shape[2]
     queries, keys, warps, stages = forward_blocks(M, D, q.dtype, shared_memory(q))
     tiles = tiles_per_program(B * h * triton.cdiv(N, queries), FORWARD_PROGRAMS, largest=8)
-    o, lse = outputs(q)
+    o = heads_last(q)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     sizes = (D, queries, keys, tiles, triton.cdiv(M, keys), M % keys != 0)
     with on_device_of(q):
         forward_kernel[triton.cdiv(N, queries * tiles), h, B](
-            q, k, v, o, lse, *strides, N, M, scale * LOG2_E, *sizes,
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-    return o, lse
+            q, k, v, o, *strides, N, M, scale * LOG2_E, *sizes, num_warps=warps, num_stages=stages
+        )
+    return o
 
 
 @torch.library.custom_op("ctclm::attention_backward", mutates_args=())
 def fused_attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     do, q, k, v = (rows_contiguous(x) for x in (do, q, k, v))
     B, h, N, D = q.shape
@@ -275,24 +352,33 @@ def fused_attention_backward(
     queries, keys, warps, stages = backward_blocks(M, D, q.dtype, shared_memory(q))
     tiles = tiles_per_program(B * h * triton.cdiv(N, queries), BACKWARD_PROGRAMS, largest=1024)
     slices, chunks = triton.cdiv(N, queries * tiles), triton.cdiv(M, keys)
-    dq = torch.empty_like(o, dtype=q.dtype if chunks == 1 else torch.float32)
+    dq = heads_last(q)
     dkv = q.new_empty(2, slices, B, h, M, D, dtype=torch.float32)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
-    for c in range(chunks):
-        sizes = (D, queries, keys, tiles, M % keys != 0, c > 0)
-        with on_device_of(q):
-            backward_kernel[slices, h, B](
-                q, k, v, o, do, lse, dq, dkv[0], dkv[1], *strides, N, M, scale, scale * LOG2_E,
-                c * keys, *sizes, num_warps=warps, num_stages=stages,
+    sizes = (D, queries, keys, tiles, M % keys != 0, chunks)
+    options = {"num_warps": warps, "num_stages": stages}
+    grid = (slices, h, B)
+    with on_device_of(q):
+        statistics = None
+        if chunks > 1:
+            dq = torch.zeros_like(dq, dtype=torch.float32)  # each chunk adds to it
+            statistics = q.new_empty(3, B, h, N, dtype=torch.float32)
+            statistics_kernel[grid](
+                q, k, v, do, statistics, *strides, N, M, scale * LOG2_E, *sizes, **options
+            )
+        for c in range(chunks):
+            backward_kernel[grid](
+                q, k, v, do, statistics, dq, dkv[0], dkv[1], *strides, N, M, scale, scale * LOG2_E,
+                c * keys, *sizes, **options,
             )  # fmt: skip
     dk, dv = dkv.sum(1).to(q.dtype)  # in the order of the slices: the same in every run
     return dq.to(q.dtype), dk.clone(), dv.clone()
 
 
-def outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for o, (B, h, N, D) in memory as (B, N, h, D), which the model wants next; for lse."""
+def heads_last(q: Tensor) -> Tensor:
+    """Room for (B, h, N, D), in memory (B, N, h, D), which the model wants next."""
     B, h, N, D = q.shape
-    return q.new_empty(B, N, h, D).transpose(1, 2), q.new_empty(B, h, N, dtype=torch.float32)
+    return q.new_empty(B, N, h, D).transpose(1, 2)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
@@ -311,20 +397,20 @@ def tiles_per_program(tiles: int, programs: int, largest: int) -> int:
 
 @fused_attention.register_fake
 def _(q, k, v, scale):
-    return outputs(q)
+    return heads_last(q)
 
 
 @fused_attention_backward.register_fake
-def _(do, q, k, v, o, lse, scale):
-    return torch.empty_like(o), k.new_empty(k.shape), k.new_empty(k.shape)
+def _(do, q, k, v, scale):
+    return heads_last(q), k.new_empty(k.shape), k.new_empty(k.shape)
 
 
 def keep_for_backward(ctx, inputs, output):
     ctx.scale = inputs[3]
-    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.save_for_backward(*inputs[:3])
 
 
-def backward(ctx, do, _lse):
+def backward(ctx, do):
     return *fused_attention_backward(do, *ctx.saved_tensors, ctx.scale), None
 
 
