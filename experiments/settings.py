@@ -176,7 +176,9 @@ SETTINGS = {
     "twin": Setting(12, "full, a second Transformer for the CNN", two_transformers),
     "perturbed": Setting(13, "Transformer alone, perturbed", alone("transformer")),
     "ensemble": Setting(14, "mean of (1) and (3), not trained", None),
-    "penalised": Setting(15, "Transformer alone, covariance penalty", alone("transformer", align=True)),
+    "penalised": Setting(
+        15, "Transformer alone, covariance penalty", alone("transformer", align=True)
+    ),
 }
 
 
