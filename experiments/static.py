@@ -25,13 +25,21 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.attention import HEAD_DIMENSIONS, backward_blocks, forward_blocks
+from kernels.attention import (
+    HEAD_DIMENSIONS,
+    Blocks,
+    backward_blocks,
+    forward_blocks,
+    statistics_blocks,
+)
 from kernels.attention import backward_kernel as attention_backward
 from kernels.attention import forward_kernel as attention_forward
+from kernels.attention import statistics_kernel as attention_statistics
 from kernels.choose import INTERPRETED, triton
-from kernels.distill import BACKWARD_LANES, CELL_ROWS, FORWARD_LANES
-from kernels.distill import backward_kernel as loss_backward
-from kernels.distill import forward_kernel as loss_forward
+from kernels.distill import TRANSFERS
+from kernels.distill_triton import BACKWARD_LANES, CELL_ROWS, FORWARD_LANES
+from kernels.distill_triton import backward_kernel as loss_backward
+from kernels.distill_triton import forward_kernel as loss_forward
 
 # Bytes of shared memory that one program may have, by compute capability (CUDA C++ Programming
 # Guide, table "Technical Specifications per Compute Capability").
@@ -68,43 +76,53 @@ TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # float16 compiles as b
 
 
 def attention_builds(shared_memory: int) -> list[Build]:
-    """M = 256 fills one chunk; M = 1000 needs several, the last one in part, as float32 always
-    does."""
-    ways = (
-        ("forward", attention_forward, forward_blocks),
-        ("backward", attention_backward, backward_blocks),
-    )
+    """M = 256 is what the model has for a crop of 512 pixels. M = 1000 needs several chunks of
+    keys, the last of them in part."""
     bf16, fp32 = torch.bfloat16, torch.float32
     found = []
     for dtype, M in ((bf16, 256), (bf16, 1000), (fp32, 1000)):
         for D in HEAD_DIMENSIONS:
-            for way, kernel, blocks_of in ways:
-                b = blocks_of(M, D, dtype, shared_memory)
-                constants = {"D": D, "QUERIES": b.queries, "KEYS": b.keys, "TILES": 8}
-                constants |= {"CHUNKS": triton.cdiv(M, b.keys), "ACCUMULATE": M > b.keys}
-                constants |= {"RAGGED": M % b.keys != 0}
-                types = dict.fromkeys(("q", "k", "v", "o", "do", "dq"), f"*{TYPES[dtype]}")
-                types |= dict.fromkeys(("lse", "dk", "dv"), "*fp32")
-                types |= dict.fromkeys(("scale", "scale_2"), "fp32")
-                if M > b.keys:  # several chunks of keys add up dq
-                    types |= {"dq": "*fp32"}
+            sizes = (M, D, dtype, shared_memory)
+            backward = backward_blocks(*sizes)
+            kernels = [("forward", attention_forward, forward_blocks(*sizes))]
+            if M > backward.keys:
+                kernels.append(("statistics", attention_statistics, statistics_blocks(*sizes)))
+            kernels.append(("backward", attention_backward, backward))
+            for way, kernel, blocks in kernels:
                 name = f"attention {way} {TYPES[dtype]} D={D} M={M}"
-                found.append(Build(name, kernel, types, constants, b.warps, b.stages, M == 1000))
+                found.append(attention_build(name, kernel, blocks, M, D, TYPES[dtype]))
     return found
 
 
+def attention_build(name: str, kernel, blocks: Blocks, M: int, D: int, dtype: str) -> Build:
+    chunks = triton.cdiv(M, blocks.keys)
+    constants = {"D": D, "QUERIES": blocks.queries, "KEYS": blocks.keys, "TILES": 8}
+    constants |= {"CHUNKS": chunks, "RAGGED": M % blocks.keys != 0}
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr", "do_ptr"), f"*{dtype}")
+    types |= dict.fromkeys(("statistics_ptr", "dk_ptr", "dv_ptr"), "*fp32")
+    types |= dict.fromkeys(("scale", "scale_2"), "fp32")
+    types |= {"dq_ptr": f"*{dtype}" if chunks == 1 else "*fp32"}
+    if chunks == 1:
+        constants |= {"statistics_ptr": None}
+    return Build(name, kernel, types, constants, blocks.warps, blocks.stages, ragged=M == 1000)
+
+
 def loss_builds() -> list[Build]:
+    to_transformer, to_cnn = TRANSFERS["selective"]
+    logits = ("cnn", "transformer", "student", "teacher", "gradient")
+    types = {f"{name}_ptr": "*bf16" for name in logits}
+    types |= {"labels_ptr": "*i64", "sums_ptr": "*fp32", "scale_ptr": "*fp32", "kappa": "fp32"}
     found = []
     for K, T, ragged in ((7, 1.0, False), (16, 1.0, False), (16, 2.0, True)):
-        logits = {name: "*bf16" for name in ("cnn", "transformer", "student", "peer", "gradient")}
-        types = logits | {"labels": "*i64", "sums": "*fp32", "scale": "*fp32", "kappa": "fp32"}
-        constants = {"K": K, "T": T, "DIRECTION": "selective", "ROWS": CELL_ROWS}
+        constants = {"K": K, "T": T, "ROWS": CELL_ROWS}
         forward = constants | {"LANES": FORWARD_LANES}
-        found.append(
-            Build(f"loss forward K={K} T={T:g}", loss_forward, types, forward, 4, 3, ragged)
-        )
-        for student in ("cnn", "transformer"):
-            backward = constants | {"LANES": BACKWARD_LANES, "STUDENT": student}
+        forward |= dict(zip(("CT_CONSTANT", "CT_SLOPE"), to_transformer, strict=True))
+        forward |= dict(zip(("TC_CONSTANT", "TC_SLOPE"), to_cnn, strict=True))
+        name = f"loss forward K={K} T={T:g}"
+        found.append(Build(name, loss_forward, types, forward, 4, 3, ragged))
+        for student, weight in (("cnn", to_cnn), ("transformer", to_transformer)):
+            backward = constants | {"LANES": BACKWARD_LANES, "STUDENT_IS_CNN": student == "cnn"}
+            backward |= dict(zip(("CONSTANT", "SLOPE"), weight, strict=True))
             name = f"loss backward K={K} T={T:g} {student}"
             found.append(Build(name, loss_backward, types, backward, 2, 3, ragged))
     return found

@@ -1,13 +1,13 @@
-"""The two operations that CTCLM spends its time in, each next to the PyTorch lines it must equal.
+"""The two operations that CTCLM spends its time in, each beside the PyTorch lines it must equal.
 
     from kernels import attention, collaborative_loss
 
-The model imports these names only and never asks what hardware there is: `choose.py` has the one
-rule. `force("pytorch")` and `force("triton")` override it. `python -m kernels.bench` measures.
+The model imports these names only and never asks what hardware there is: choose.py has the one
+rule. `force("pytorch")` and `force("triton")` override it. `python -m experiments.bench` measures.
 """
 
 from kernels.attention import attention
 from kernels.choose import force
-from kernels.distill import CollaborativeLoss, collaborative_loss, reliability
+from kernels.distill import CollaborativeLoss, collaborative_loss, gate
 
-__all__ = ["CollaborativeLoss", "attention", "collaborative_loss", "force", "reliability"]
+__all__ = ["CollaborativeLoss", "attention", "collaborative_loss", "force", "gate"]

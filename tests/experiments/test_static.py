@@ -39,7 +39,7 @@ def test_shared_memory_suffices(compiled):
 def test_products_reach_the_matrix_units(compiled):
     """fp32 is exact, which they are not; the loss has no products."""
     wanted = [c for c in compiled if c.build.startswith("attention") and "fp32" not in c.build]
-    assert len(wanted) == 3 * 16
+    assert len(wanted) >= 3 * 16
     assert [c for c in wanted if c.matrix == 0] == []
 
 

@@ -3,6 +3,7 @@
 import sys
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,14 +45,10 @@ def test_equals_the_reference(N, M, D):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_error_is_that_of_the_dtype(dtype):
-    """No more than twice the error of the written-out computation in the same dtype."""
-    q, k, v = random_qkv(2, 2, 128, 64, 32)
-    exact = attention_reference(q, k, v)
-    low = [x.to(dtype) for x in (q, k, v)]
-    ours = (attention(*low).double() - exact).norm()
-    theirs = (attention_reference(*low).double() - exact).norm()
-    assert ours <= 2 * theirs + 1e-7
+def test_error_is_that_of_the_dtype(dtype, no_worse):
+    low = [x.to(dtype) for x in random_qkv(2, 2, 128, 64, 32)]
+    exact = attention_reference(*(x.double() for x in low))
+    no_worse(attention(*low), attention_reference(*low), exact, exact)
 
 
 def test_scale_is_honoured():
@@ -167,6 +164,55 @@ def test_kernels_with_large_scores(size, device, small_blocks, no_worse):
     assert_no_worse([size * q, k, v], no_worse)
 
 
+@pytest.fixture
+def backward_rounds_scores_otherwise(device, small_blocks, monkeypatch):
+    """As on a machine that adds up k q^T in another order than q k^T: each product with a row a key
+    comes out two units in the last place larger. Only the backward pass has such products, of 32
+    rows with `small_blocks`; the forward pass has 16, a row a query."""
+    if device.type == "cuda":
+        pytest.skip("products on a GPU are not the interpreter's")
+    matmul = np.matmul
+
+    def perturbed(a, b, **options):
+        product = matmul(a, b, **options)
+        return product * np.float32(1 + 2**-22) if product.shape[0] == 32 else product
+
+    monkeypatch.setattr(np, "matmul", perturbed)
+
+
+@pytest.mark.parametrize("M", [30, 40])  # one chunk of keys and two
+@pytest.mark.parametrize("size", [1.0, 10.0, 1000.0])
+def test_gradients_do_not_hang_on_the_rounding_of_the_forward_pass(
+    size, M, backward_rounds_scores_otherwise, no_worse
+):
+    q, k, v = random_qkv(1, 2, 20, M, 16, torch.float32)
+    assert_no_worse([size * q, k, v], no_worse)
+
+
+@pytest.mark.parametrize("M", [30, 40])
+@pytest.mark.parametrize("size", [1.0, 1000.0, 1e8])
+def test_backward_weights_sum_to_one(size, M, backward_rounds_scores_otherwise):
+    """dv = p^T do: with do = 1 each column of dv adds up to the number of queries."""
+    q, k, v = random_qkv(1, 2, 20, M, 16, torch.float32)
+    with force("triton"):
+        _, dq, dk, dv = results(attention, [size * q, k, v], torch.ones(1, 2, 20, 16))
+    total = dv.double().sum(2)
+    # 20 weights of 1, each the sum of M roundings of at most half a unit, and the factor above.
+    torch.testing.assert_close(total, torch.full_like(total, 20), rtol=1e-5, atol=0)
+    assert dq.isfinite().all() and dk.isfinite().all()
+
+
+@pytest.mark.parametrize("M", [30, 40])
+def test_score_gradients_sum_to_zero(M, backward_rounds_scores_otherwise):
+    """dq = ds k: where all keys are the same, a query moves nothing."""
+    q, k, v = random_qkv(1, 2, 20, M, 16, torch.float32)
+    inputs = [1000 * q, k[:, :, :1].expand_as(k), v]
+    with force("triton"):
+        _, dq, _, _ = results(attention, inputs, torch.randn(1, 2, 20, 16))
+    # |ds| is of size 1 / M, and M of them are added up.
+    assert dq.abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.3, 2.0])
 def test_kernels_honour_the_scale(scale, device, small_blocks, no_worse):
     inputs = [x.to(device) for x in random_qkv(1, 1, 20, 40, 16, torch.float32)]
@@ -190,8 +236,7 @@ def test_registered_with_pytorch(device, small_blocks):
     with force("triton"):
         torch.library.opcheck(module.fused_attention, (*inputs, 0.25), test_utils=checks)
         q, k, v = (x.detach() for x in inputs)
-        o, lse = module.fused_attention(q, k, v, 0.25)
-        arguments = (torch.randn_like(o), q, k, v, o, lse, 0.25)
+        arguments = (torch.randn_like(q), q, k, v, 0.25)
         torch.library.opcheck(module.fused_attention_backward, arguments, test_utils=checks)
 
 

@@ -7,7 +7,7 @@ from ctclm import CTCLM, ModelConfig
 from experiments.bench import labels_for, logits, losses, outputs_and_gradients, qkv
 from kernels import attention, collaborative_loss, force
 from kernels.attention import attention_reference
-from kernels.distill import DIRECTIONS, collaborative_loss_reference
+from kernels.distill import TRANSFERS, collaborative_loss_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,9 +65,9 @@ def test_loss(K, h, w, dtype, no_worse):
     assert_no_worse(ours, reference, logits(4, K, h, w, dtype, CUDA), no_worse)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_loss_in_every_direction(direction, no_worse):
-    labels, options = labels_for(2, 64, 64, 6, CUDA), {"direction": direction, "temperature": 2.0}
+@pytest.mark.parametrize("transfer", TRANSFERS)
+def test_loss_with_every_transfer(transfer, no_worse):
+    labels, options = labels_for(2, 64, 64, 6, CUDA), {"transfer": transfer, "temperature": 2.0}
     ours, reference = (
         lambda c, t, f=f: torch.stack(f(c, t, labels, **options)[:4])
         for f in (collaborative_loss, collaborative_loss_reference)
