@@ -116,6 +116,14 @@ def test_image_and_label_stay_together(monkeypatch):
         assert np.array_equal(image[..., 0][sure] > 127, label[sure] == 1)
 
 
+def test_a_window_has_no_class_that_its_scene_has_not():
+    """Classes are names: between 0 and 5 there is nothing, and light does not change them."""
+    label = np.random.default_rng(0).choice([0, 5, IGNORE], (90, 120)).astype(np.uint8)
+    windows = Windows([random_scenes(1)[0]._replace(label=label)], 32, 4)
+    for step in range(10):
+        assert set(np.unique(windows.batch(step)[1])) == {0, 5, IGNORE}
+
+
 def test_all_eight_orientations_occur(monkeypatch):
     label = np.zeros((64, 64), np.uint8)
     label[:32, :32], label[:32, 32:], label[32:, :32] = 1, 2, 3
