@@ -258,8 +258,10 @@ LOOP = [
 # --- The kernels ----------------------------------------------------------------------------------
 
 ATTENTION = "kernels/attention.py"
-SEVERAL_CHUNKS = "kernels/test_attention.py::test_kernels_with_the_blocks_as_shipped"
-SMALL_BLOCKS = "kernels/test_attention.py::test_kernels_are_no_worse"
+ONE_CHUNK, SEVERAL_CHUNKS = (  # of keys; and several slices of queries
+    f"kernels/test_attention.py::test_kernels_are_no_worse[{shape}-torch.float32]"
+    for shape in ("2-3-63-16-16", "1-1-40-40-128")
+)
 SPECIFICATION = "kernels/distill.py"
 LOSS = "kernels/test_distill.py"
 EVERY_TRANSFER = "kernels/test_distill.py::test_every_transfer_is_honoured"
@@ -280,15 +282,15 @@ KERNELS = [
     Fault(ATTENTION, "a new maximum does not rescale the output",
           "            out = out * shrink[:, None]\n",
           "",
-          SMALL_BLOCKS),
+          SEVERAL_CHUNKS),
     Fault(ATTENTION, "keys beyond the last have a weight, forward",
           's = tl.where(m[None, :] < M, s, float("-inf"))',
           "s = tl.where(m[None, :] < M, s, 0.0)",
-          SMALL_BLOCKS),
+          SEVERAL_CHUNKS),
     Fault(ATTENTION, "keys beyond the last have a weight, backward",
           'return tl.where(m[:, None] < M, s, float("-inf")) if RAGGED else s',
           "return s",
-          SMALL_BLOCKS),
+          SEVERAL_CHUNKS),
     Fault(ATTENTION, "a program's tiles overlap, forward",
           "n = (block * TILES + t) * QUERIES",
           "n = (block + t) * QUERIES",
@@ -304,24 +306,24 @@ KERNELS = [
     Fault(ATTENTION, "dq without the scale",
           'input_precision="ieee") * scale  # of dq',
           'input_precision="ieee")  # of dq',
-          SMALL_BLOCKS),
-    Fault(ATTENTION, "dk without the scale", "sum_dk * scale,", "sum_dk,", SMALL_BLOCKS),
+          SEVERAL_CHUNKS),
+    Fault(ATTENTION, "dk without the scale", "sum_dk * scale,", "sum_dk,", SEVERAL_CHUNKS),
     Fault(ATTENTION, "ds without sum p dp",
           "delta = tl.sum(p * dp, 0)",
           "delta = tl.zeros((QUERIES,), tl.float32)",
-          SMALL_BLOCKS),
+          ONE_CHUNK),
     Fault(ATTENTION, "sum p dp is not rescaled by a new maximum",
           "weighted = weighted * shrink + tl.sum(e * dp, 0)",
           "weighted = weighted + tl.sum(e * dp, 0)",
-          SMALL_BLOCKS),
+          SEVERAL_CHUNKS),
     Fault(ATTENTION, "dq has the last chunk of keys alone",
           "        if CHUNKS > 1:\n            tile +=",
           "        if CHUNKS > 9:\n            tile +=",
-          SMALL_BLOCKS),
+          SEVERAL_CHUNKS),
     Fault(ATTENTION, "dk and dv have the first slice of queries alone",
           "dk, dv = dkv.sum(1).to(q.dtype)",
           "dk, dv = dkv[:, 0].to(q.dtype)",
-          SMALL_BLOCKS),
+          SEVERAL_CHUNKS),
     Fault(SPECIFICATION, "r and 1 - r are swapped",
           '"selective": ((0, 1), (1, -1))',
           '"selective": ((1, -1), (0, 1))',
@@ -418,7 +420,7 @@ KERNELS = [
     Fault(TRITON, "the last dual row is nobody's",
           "triton.cdiv(h + 1, rows), B)",
           "triton.cdiv(h, rows), B)",
-          f"{LOSS}::test_no_worse_than_the_reference"),
+          f"{LOSS}::test_logits_of_any_layout[triton]"),
     Fault(TRITON, "the label is compared with the next class",
           "value = tl.where(y == k, z[k], value)",
           "value = tl.where(y == k + 1, z[k], value)",
