@@ -3,7 +3,7 @@
     python -m experiments.bench                  # tables; a GPU if there is one, else the CPU
     python -m experiments.bench --json FILE      # the same as data
 
-First a gate: the kernels must be right on this machine, or nothing is timed. Then medians of
+First a check: the kernels must be right on this machine, or nothing is timed. Then medians of
 repeated runs: attention at the four stages of a crop of 512 pixels, batch 16; the collaborative
 loss at the same size; one training step. On a GPU attention and loss run as CUDA graphs, without
 what launching costs, and the training step as users run it. On a CPU the contenders take turns,
@@ -60,10 +60,10 @@ class Row(NamedTuple):
     megabytes: float | None = None  # of memory beyond inputs and results
 
 
-# --- The gate -----------------------------------------------------------------------------------
+# --- The check ----------------------------------------------------------------------------------
 
 
-def gate(device: torch.device) -> list[str]:
+def kernel_errors(device: torch.device) -> list[str]:
     """What is wrong with the kernels here; empty: nothing. Errors are judged against float64, and
     may be twice those of PyTorch's operations in the same dtype."""
     dtype, wrong = (torch.bfloat16 if device.type == "cuda" else torch.float32), []
@@ -391,7 +391,7 @@ def main() -> None:
     about = machine(device)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     torch.manual_seed(0)
-    if wrong := gate(device):
+    if wrong := kernel_errors(device):
         sys.exit("not timed, for the kernels are wrong here:\n  " + "\n  ".join(wrong))
     print("correct here, and the same bits twice\n")
     print(HEAD)

@@ -10,7 +10,7 @@ that do not reach the matrix units.
 
 Block sizes come from the functions that the launches ask. A build is one of these for one dtype;
 "ragged" has sizes that are no multiple of anything. Of the loss there are a usual and the largest
-K, in the direction that does most; what is left out of these takes less of everything.
+K, with the transfer that does most; what is left out of these takes less of everything.
 """
 
 import argparse

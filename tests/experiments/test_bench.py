@@ -1,4 +1,4 @@
-"""experiments/bench.py: a gate that closes, floors worked out by hand, and a table one can read."""
+"""experiments/bench.py: a check of the kernels, floors worked out by hand, and a table one can read."""
 
 import json
 import sys
@@ -11,26 +11,26 @@ from experiments import bench
 CPU = torch.device("cpu")
 
 
-def test_gate_is_open_here():
-    assert bench.gate(CPU) == []
+def test_no_kernel_errs_here():
+    assert bench.kernel_errors(CPU) == []
 
 
-def test_gate_closes_on_a_wrong_kernel(monkeypatch):
+def test_a_wrong_kernel_is_found(monkeypatch):
     monkeypatch.setattr(
         bench, "attention", lambda q, k, v: 1.001 * bench.attention_reference(q, k, v)
     )
-    wrong = bench.gate(CPU)
+    wrong = bench.kernel_errors(CPU)
     assert len(wrong) == 8 and "attention D=32: tensor 0 errs by" in wrong[0]
 
 
-def test_gate_closes_on_two_different_runs(monkeypatch):
+def test_two_different_runs_are_found(monkeypatch):
     runs = iter(range(100))
     monkeypatch.setattr(
         bench,
         "attention",
         lambda q, k, v: bench.attention_reference(q, k, v) * (1 + 1e-7 * next(runs)),
     )
-    assert any("differs between two runs" in sentence for sentence in bench.gate(CPU))
+    assert any("differs between two runs" in sentence for sentence in bench.kernel_errors(CPU))
 
 
 def test_floor_by_hand():
@@ -78,8 +78,10 @@ def test_program(monkeypatch, tmp_path, capsys):
     assert entry["rows"][0]["times_ours"] == 1
 
 
-def test_nothing_is_timed_behind_a_closed_gate(monkeypatch):
-    monkeypatch.setattr(bench, "gate", lambda device: ["attention D=32: tensor 0 errs by 1"])
+def test_nothing_is_timed_when_a_kernel_errs(monkeypatch):
+    monkeypatch.setattr(
+        bench, "kernel_errors", lambda device: ["attention D=32: tensor 0 errs by 1"]
+    )
     monkeypatch.setattr(bench, "bench_attention", lambda *_: pytest.fail("timed"))
     monkeypatch.setattr("sys.argv", ["bench"])
     with pytest.raises(SystemExit, match="the kernels are wrong here"):

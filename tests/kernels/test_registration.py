@@ -30,7 +30,8 @@ def test_the_deployed_model_exports(path, model, batch):
         exported = torch.export.export(student, (images,))
         targets = {str(node.target) for node in exported.graph.nodes}
         assert ("ctclm.attention.default" in targets) == (path == "triton")
-        assert torch.equal(exported.module()(images), student(images))
+        # The same operations, but tensors may lie in memory in another order: rounding differs.
+        torch.testing.assert_close(exported.module()(images), student(images), rtol=0, atol=1e-5)
 
 
 def test_a_whole_step_compiles_as_one_graph(model, batch):
@@ -47,8 +48,9 @@ def test_a_whole_step_compiles_as_one_graph(model, batch):
         wanted = gradients(loss)
         found = gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"))
     for a, b in zip(found, wanted, strict=True):
-        # The same operations, but AOT's decompositions add some of them up in another order.
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        # The same operations, but AOT's decompositions add some of them up in another order, and
+        # where a sum cancels its rounding is as large as that of the largest elements.
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item() + 1e-7)
 
 
 TWO_RANKS = """
@@ -77,7 +79,8 @@ parallel(images[rank], labels[rank]).backward()
 averaged = gradients()
 model.zero_grad()
 sum(Step()(images[i], labels[i]) / 2 for i in range(2)).backward()
-torch.testing.assert_close(averaged, gradients(), rtol=1e-4, atol=1e-7)
+wanted = gradients()  # averaged in another order: rounded as the largest elements are
+torch.testing.assert_close(averaged, wanted, rtol=1e-4, atol=1e-6 * wanted.abs().max().item())
 print("equal")
 """
 
@@ -111,7 +114,7 @@ q = torch.randn(1, 1, 5, 16)
 attention(q, q, q)
 z = torch.randn(1, 3, 2, 2, requires_grad=True)
 collaborative_loss(z, z, torch.zeros(1, 8, 8).long()).cnn_ce.backward()
-assert z.grad.isfinite().all() and bench.gate(torch.device("cpu")) == []
+assert z.grad.isfinite().all() and bench.kernel_errors(torch.device("cpu")) == []
 print("works")
 """
 
