@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import TRANSFERS, attention, collaborative_loss
+from kernels import attention, collaborative_loss
+from kernels.distill import TRANSFERS
 
 SMALLEST_IMAGE = 32  # stage 4 has stride 32, and stage 1 reduces keys by 8 at stride 4
 

@@ -32,7 +32,8 @@ from torch import nn
 from ctclm import CTCLM, SMALLEST_IMAGE, Losses, ModelConfig, ramp_up
 from data import DATA_SETS, Dataset, Scene, Windows, default_rare_class_fraction, load, prefetch
 from infer import About, evaluate, save_transformer
-from kernels import TRANSFERS, gate
+from kernels import gate
+from kernels.distill import TRANSFERS
 from support import checkpoint, cli, diagnostics, machine, pictures
 from support.labels import MAX_UNKNOWN
 from support.layouts import BANDS, IGNORE

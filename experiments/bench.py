@@ -36,7 +36,7 @@ from kernels import attention, collaborative_loss, force
 from kernels.attention import attention_reference
 from kernels.choose import triton
 from kernels.distill import collaborative_loss_reference
-from support import cli
+from support.machine import keep_freed_memory
 
 STAGES = {1: (16384, 1), 2: (4096, 2), 3: (1024, 5), 4: (256, 8)}  # N queries, h heads; M = 256
 CPU_REPEATS = 20
@@ -386,7 +386,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables as data too")
     options = parser.parse_args()
-    cli.keep_freed_memory()  # as every program here does
+    keep_freed_memory()  # as every program here does
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = machine(device)
     print(", ".join(f"{key} {value}" for key, value in about.items()))

@@ -169,14 +169,16 @@ SETTINGS = {
         6, "one way, CNN learns too", both(transfer="cnn_to_transformer", align=False)
     ),
     "selective": Setting(7, "selective, no shared space", both(align=False)),
-    "decorrelation": Setting(8, "decorrelation only, no transfer", both(**NOTHING_ALIGNED)),
+    "decorrelation": Setting(8, "covariance penalty only, no transfer", both(**NOTHING_ALIGNED)),
     "full": Setting(9, "full", CTCLM),
     "constant": Setting(10, "full, constant gate", both(**HALF)),
     "plain": Setting(11, "full, plain encoder", both(encoder="plain")),
     "twin": Setting(12, "full, a second Transformer for the CNN", two_transformers),
     "perturbed": Setting(13, "Transformer alone, perturbed", alone("transformer")),
     "ensemble": Setting(14, "mean of (1) and (3), not trained", None),
-    "penalised": Setting(15, "Transformer alone, decorrelated", alone("transformer", align=True)),
+    "penalised": Setting(
+        15, "Transformer alone, covariance penalty", alone("transformer", align=True)
+    ),
 }
 
 
