@@ -872,9 +872,9 @@ def check_unplanted(folders: list[Path], node_ids: list[str]) -> None:
                 sys.exit("the tests must pass before a fault is planted")
 
 
-def try_fault(fault: Fault, folders: Queue, jobs: int) -> tuple[str, float, str]:
+def try_fault(fault: Fault, free: Queue, jobs: int) -> tuple[str, float, str]:
     """The verdict, seconds, and what pytest printed."""
-    folder, begin = folders.get(), time.perf_counter()
+    folder, begin = free.get(), time.perf_counter()
     path = folder / fault.file
     whole = path.read_text()
     path.write_text(fault.planted(whole))
@@ -882,15 +882,18 @@ def try_fault(fault: Fault, folders: Queue, jobs: int) -> tuple[str, float, str]
         code, printed = run_tests(folder, fault.node_ids(), jobs)
     finally:
         path.write_text(whole)
-        folders.put(folder)
+        free.put(folder)
     return VERDICTS.get(code, "BROKEN"), time.perf_counter() - begin, printed
 
 
-def plant_all(faults: list[Fault], folders: Queue, jobs: int) -> int:
+def plant_all(faults: list[Fault], folders: list[Path]) -> int:
     """Plant each fault, print its verdict -> how many were caught."""
-    begin, caught = time.perf_counter(), 0
-    with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(try_fault, fault, folders, jobs): fault for fault in faults}
+    begin, caught, jobs, free = time.perf_counter(), 0, len(folders), Queue()
+    for folder in folders:
+        free.put(folder)
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        running = {pool.submit(try_fault, fault, free, jobs): fault for fault in faults}
         for done, future in enumerate(as_completed(running), 1):
             verdict, seconds, printed = future.result()
             caught += verdict == "caught"
@@ -899,6 +902,8 @@ def plant_all(faults: list[Fault], folders: Queue, jobs: int) -> int:
             print(f"{line:90} {seconds:5.1f} s   {duration(left)} left", flush=True)
             if verdict == "BROKEN":
                 print(printed[-2000:], flush=True)
+    finally:  # Ctrl-C ends it after the tests that run
+        pool.shutdown(cancel_futures=True)
     return caught
 
 
@@ -911,15 +916,11 @@ def main() -> int:
     for fault in faults:
         fault.planted((ROOT / fault.file).read_text())  # a text that has changed is known at once
     with tempfile.TemporaryDirectory() as scratch:
-        folders = Queue()
-        for job in range(options.jobs):
-            folders.put(copy_files(Path(scratch, str(job))))
+        folders = [copy_files(Path(scratch, str(job))) for job in range(options.jobs)]
         node_ids = sorted({node_id for fault in faults for node_id in fault.node_ids()})
-        print(
-            f"{len(faults)} faults; first their {len(node_ids)} tests without a fault", flush=True
-        )
-        check_unplanted([*folders.queue], node_ids)
-        caught = plant_all(faults, folders, options.jobs)
+        print(f"{len(faults)} faults; their {len(node_ids)} tests without a fault", flush=True)
+        check_unplanted(folders, node_ids)
+        caught = plant_all(faults, folders)
     print(f"{len(faults)} planted, {caught} caught")
     return int(caught != len(faults))
 
