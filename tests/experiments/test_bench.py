@@ -1,4 +1,4 @@
-"""experiments/bench.py: a check of the kernels, floors worked out by hand, and a table one can read."""
+"""experiments/bench.py: a check of the kernels, floors worked out by hand, and a readable table."""
 
 import json
 import sys
