@@ -334,6 +334,19 @@ def test_covariance_penalty_by_hand():
     assert covariance_penalty(torch.stack([a, b])[None], left).item() == pytest.approx(0)
 
 
+def test_only_labelled_positions_take_part():
+    """The second image is ignored: each term is that of the first one's projections."""
+    model = CTCLM(ModelConfig(variant="tiny"))
+    out, truth = fake_output(model, True)
+    truth[1] = 255
+    firsts = [(h_c[:1], h_t[:1]) for h_c, h_t in model.shared_space(out)]
+    d = torch.stack([directed_distances(*pair)[0].mean() for pair in firsts])
+    penalties = [covariance_penalty(h, torch.ones_like(h[:, :1])) for pair in firsts for h in pair]
+    wanted = d[:2].mean(), d[2:].mean(), torch.stack(penalties).mean()
+    for ours, theirs in zip(model.alignment(out, truth), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 # --- The objective ------------------------------------------------------------------------------
 
 

@@ -293,6 +293,16 @@ def test_rare_windows_are_pure_too_and_without_them_nothing_changes():
     assert np.array_equal(plain.batch(5)[0], off.batch(5)[0])
 
 
+def test_the_only_pixel_of_a_square_is_drawn_too():
+    label = np.zeros((CELL, 2 * CELL), np.uint8)
+    label[3, 5], label[7, CELL] = 1, 1
+    scene = Scene("s", label[..., None], label, cells=count_cells(label, 2)[..., :2])
+    rng, (places,) = np.random.default_rng(0), rare_class_pixels([scene])
+    drawn = [places.draw(rng, [scene])[1] for _ in range(100)]
+    assert set(drawn) == {(3, 5), (7, CELL)}
+    assert 25 < drawn.count((3, 5)) < 75  # half of them; five standard deviations
+
+
 def test_labels_larger_than_a_square_are_indexed_to_their_last_pixel():
     label = np.zeros((2 * CELL + 1, CELL + 5), np.uint8)
     label[-1, -1] = 1
