@@ -11,11 +11,13 @@ from ctclm import (
     CTCLM,
     VARIANTS,
     Head,
+    MixFFN,
     ModelConfig,
     MultiScaleConv,
     Output,
     SpatialReductionAttention,
     Transformer,
+    TransformerBlock,
     covariance_penalty,
     directed_distances,
     ramp_up,
@@ -95,6 +97,24 @@ def test_attention_layer_equals_multi_head_attention():
     torch.testing.assert_close(ours(x, 3, 4), theirs(x, x, x)[0])
 
 
+def test_mix_ffn_as_published():
+    """Linear, 3x3 depthwise convolution on the grid, GELU, linear (Xie et al., 2021, eq. 3)."""
+    ffn, x = MixFFN(6).double(), torch.randn(2, 12, 6, dtype=torch.float64)
+    grid = F.linear(x, ffn.expand.weight, ffn.expand.bias).mT.reshape(2, 24, 3, 4)
+    mixed = F.conv2d(grid, ffn.mix.weight, ffn.mix.bias, padding=1, groups=24)
+    wanted = F.linear(F.gelu(mixed).flatten(2).mT, ffn.reduce.weight, ffn.reduce.bias)
+    torch.testing.assert_close(ffn(x, 3, 4), wanted)
+
+
+def test_a_block_adds_to_its_input():
+    """Norms come before what is added: where nothing is added, nothing changes."""
+    block = TransformerBlock(16, heads=2, reduction=2)
+    for last in (block.attention.project, block.ffn.reduce):
+        nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+    x = torch.randn(2, 24, 16)
+    assert torch.equal(block(x, 4, 6), x)
+
+
 def test_tokens_and_grid_are_each_others_inverse():
     x = torch.randn(2, 5, 3, 4)
     assert torch.equal(to_grid(to_tokens(x), 3, 4), x)
@@ -104,6 +124,7 @@ def test_tokens_and_grid_are_each_others_inverse():
 def test_head_equals_the_published_order():
     """Project, upsample, concatenate, fuse (SegFormer) against fold, project, add, upsample."""
     head = Head(TINY, 5, nn.BatchNorm2d(TINY.head_width)).double().eval()
+    nn.init.normal_(head.norm.running_mean), nn.init.uniform_(head.norm.running_var, 0.5, 2)
     E, sizes = TINY.head_width, (16, 8, 4, 2)
     linears = [nn.Conv2d(C, E, 1, bias=False).double() for C in TINY.channels]
     fuse = nn.Conv2d(4 * E, E, 1, bias=False).double()
@@ -270,16 +291,60 @@ def test_alignment_is_zero_when_the_projections_agree():
     assert abs(align.item()) < 1e-6 and abs(region.item()) < 1e-6
 
 
+def test_every_dimension_of_the_shared_space_has_variance_1():
+    """So neither a constant nor a shrinking projection can satisfy the alignment."""
+    model = CTCLM(ModelConfig(variant="tiny"))
+    out, _ = fake_output(model, True)
+    for pair in model.shared_space(out):
+        for h in pair:
+            variance, mean = torch.var_mean(h, (0, 2, 3), correction=0)
+            # The norm adds 1e-5 to variances of about 1/3.
+            torch.testing.assert_close(variance, torch.ones(64), rtol=1e-3, atol=0)
+            torch.testing.assert_close(mean, torch.zeros(64), rtol=0, atol=1e-5)
+
+
+def test_terms_of_the_shared_space_are_means():
+    """Over positions and stages; the covariance penalty over branches and stages."""
+    model = CTCLM(ModelConfig(variant="tiny"))
+    out, truth = fake_output(model, True)
+    pairs = model.shared_space(out)
+    d = torch.stack([directed_distances(*pair)[0].mean() for pair in pairs])
+    everywhere = [torch.ones_like(h_c[:, :1]) for h_c, _ in pairs]
+    penalties = [
+        covariance_penalty(h, one)
+        for pair, one in zip(pairs, everywhere, strict=True)
+        for h in pair
+    ]
+    wanted = d[:2].mean(), d[2:].mean(), torch.stack(penalties).mean()
+    for ours, theirs in zip(model.alignment(out, truth), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_covariance_penalty_by_hand():
     """Two dimensions of unit variance: independent 0, equal 1 (covariance 1 off the diagonal)."""
     counts = torch.ones(1, 1, 2, 2)
     a, b = torch.tensor([[1.0, 1], [-1, -1]]), torch.tensor([[1.0, -1], [1, -1]])
     assert covariance_penalty(torch.stack([a, b])[None], counts).item() == pytest.approx(0)
     assert covariance_penalty(torch.stack([a, a])[None], counts).item() == pytest.approx(1)
+    moved = covariance_penalty(torch.stack([a + 2, a - 3])[None], counts)  # where the mean is
+    assert moved.item() == pytest.approx(1)
     # Without the last column a is still (1, -1), but b is constant there.
     left = torch.tensor([[[[1.0, 0], [1, 0]]]])
     assert covariance_penalty(torch.stack([a, a])[None], left).item() == pytest.approx(1)
     assert covariance_penalty(torch.stack([a, b])[None], left).item() == pytest.approx(0)
+
+
+def test_only_labelled_positions_take_part():
+    """The second image is ignored: each term is that of the first one's projections."""
+    model = CTCLM(ModelConfig(variant="tiny"))
+    out, truth = fake_output(model, True)
+    truth[1] = 255
+    firsts = [(h_c[:1], h_t[:1]) for h_c, h_t in model.shared_space(out)]
+    d = torch.stack([directed_distances(*pair)[0].mean() for pair in firsts])
+    penalties = [covariance_penalty(h, torch.ones_like(h[:, :1])) for pair in firsts for h in pair]
+    wanted = d[:2].mean(), d[2:].mean(), torch.stack(penalties).mean()
+    for ours, theirs in zip(model.alignment(out, truth), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 # --- The objective ------------------------------------------------------------------------------

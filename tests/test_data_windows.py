@@ -116,6 +116,14 @@ def test_image_and_label_stay_together(monkeypatch):
         assert np.array_equal(image[..., 0][sure] > 127, label[sure] == 1)
 
 
+def test_a_window_has_no_class_that_its_scene_has_not():
+    """Classes are names: between 0 and 5 there is nothing, and light does not change them."""
+    label = np.random.default_rng(0).choice([0, 5, IGNORE], (90, 120)).astype(np.uint8)
+    windows = Windows([random_scenes(1)[0]._replace(label=label)], 32, 4)
+    for step in range(10):
+        assert set(np.unique(windows.batch(step)[1])) == {0, 5, IGNORE}
+
+
 def test_all_eight_orientations_occur(monkeypatch):
     label = np.zeros((64, 64), np.uint8)
     label[:32, :32], label[:32, 32:], label[32:, :32] = 1, 2, 3
@@ -283,6 +291,16 @@ def test_rare_windows_are_pure_too_and_without_them_nothing_changes():
     bare = [scene._replace(cells=None) for scene in scenes]
     plain, off = Windows(bare, 64, 2), Windows(scenes, 64, 2, rare_class_fraction=0.0)
     assert np.array_equal(plain.batch(5)[0], off.batch(5)[0])
+
+
+def test_the_only_pixel_of_a_square_is_drawn_too():
+    label = np.zeros((CELL, 2 * CELL), np.uint8)
+    label[3, 5], label[7, CELL] = 1, 1
+    scene = Scene("s", label[..., None], label, cells=count_cells(label, 2)[..., :2])
+    rng, (places,) = np.random.default_rng(0), rare_class_pixels([scene])
+    drawn = [places.draw(rng, [scene])[1] for _ in range(100)]
+    assert set(drawn) == {(3, 5), (7, CELL)}
+    assert 25 < drawn.count((3, 5)) < 75  # half of them; five standard deviations
 
 
 def test_labels_larger_than_a_square_are_indexed_to_their_last_pixel():

@@ -93,6 +93,15 @@ def test_maps_are_written(tmp_path, printed, best, suffix):
     assert len([*out.iterdir()]) == 3
 
 
+def test_what_is_loaded_is_what_was_saved(tmp_path):
+    torch.manual_seed(0)
+    saved = CTCLM(ModelConfig(variant="tiny", num_classes=6)).transformer.state_dict()
+    student = load_transformer(save_model(tmp_path / "best.pt", POTSDAM))
+    assert all(torch.equal(saved[name], x) for name, x in student.state_dict().items())
+    assert student.about == About(POTSDAM._replace(clutter=None), "toy", "rgb", 3, 0.5)
+    assert not student.training  # or an image would be scored by its own statistics
+
+
 def test_a_map_lies_where_its_image_lies(tmp_path, printed, best, write_tiff):
     place = {33550: (12, [0.5, 0.5, 0.0]), 33922: (12, [0.0, 0.0, 0.0, 3e5, 5e6, 0.0])}
     keys = {34735: (3, [1, 1, 0, 1, 3072, 0, 1, 25833])}
@@ -567,6 +576,21 @@ def test_low_resolution_logits_are_upsampled_in_place():
     classes, confidence = predict_classes(student, image, window=64, overlap=0.5)
     assert np.array_equal(classes == 1, image[..., 0] > 0)
     assert confidence.min() >= 0.5 and confidence.max() <= 1 + 1e-6
+
+
+def test_a_small_tile_is_mirrored():
+    """Up to a multiple of 32: black pixels would be something to see."""
+    tile, seen = random_image(20, 33), []
+
+    def student(images):
+        seen.append(images)
+        return images[:, :2]
+
+    assert probabilities(student, tile, "cpu").shape == (2, 20, 33)
+    image = seen[0][0].permute(1, 2, 0).numpy()
+    assert image.shape == (32, 64, 3) and np.array_equal(image[:20, :33], tile)
+    assert np.array_equal(image[20:], image[8:20][::-1])
+    assert np.array_equal(image[:, 33:], image[:, 2:33][:, ::-1])
 
 
 # --- Files --------------------------------------------------------------------------------------

@@ -130,6 +130,13 @@ def test_resumed_run_ends_in_the_same_bits(small, tmp_path, monkeypatch):
     assert (tmp_path / "parts" / "log.csv").read_text().count("\n") == 7
 
 
+def test_a_resumed_run_remembers_its_best(small):
+    """Or its next validation, however bad, would replace best.pt."""
+    first = run(small(steps=1))
+    assert first.best["step"] == 1
+    assert train.prepare(small(steps=1, resume=True)).best == first.best
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as on POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_program_saves_first(small, number):
@@ -226,6 +233,35 @@ def test_a_step_clips_before_it_updates(small, monkeypatch):
         )
     run_.train_step(*run_.windows.batch(0))
     assert order == ["clip_gradients", "step"]
+
+
+def test_a_step_forgets_the_gradients_of_the_last(small, monkeypatch):
+    """Twice the same step without moving: the same gradients. Clipping would hide a sum of two."""
+    run_ = train.prepare(small(lr=1e-30))
+    monkeypatch.setattr(run_, "clip_gradients", lambda: None)
+    gradients = []
+    for run_.step in (0, 0):
+        run_.train_step(*run_.windows.batch(0))
+        gradients.append([p.grad.clone() for p in run_.model.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(second, first)
+
+
+def test_validation_is_in_evaluation_mode_and_training_is_not(small, monkeypatch):
+    """The Transformer's head has batch statistics, so this changes its maps."""
+    run_, seen = train.prepare(small()), []
+    monkeypatch.setattr(train, "evaluate", lambda branch, *_, **__: seen.append(branch.training))
+    run_.evaluate(run_.val_set)
+    assert seen == [False, False]
+    assert all(module.training for module in run_.model.modules())
+
+
+def test_the_seed_reaches_weights_and_windows(small, tmp_path):
+    one, two = (train.prepare(small(seed=s, out=tmp_path / str(s))) for s in (1, 2))
+    for name in ("transformer", "cnn"):
+        a, b = (next(run_.model.branches[name].parameters()) for run_ in (one, two))
+        assert not torch.equal(a, b)
+    assert not np.array_equal(one.windows.batch(0)[0], two.windows.batch(0)[0])
 
 
 def test_weight_decay_is_for_matrices_only(small):

@@ -139,17 +139,22 @@ def test_kernels_with_the_blocks_as_shipped(N, M, D, dtype, device, no_worse):
 
 
 def test_kernels_with_several_tiles_to_a_program(device, small_blocks, monkeypatch, no_worse):
-    """On a GPU large batches have them: here as if the batch were large."""
-    monkeypatch.setattr(module, "FORWARD_PROGRAMS", 2)
-    monkeypatch.setattr(module, "BACKWARD_PROGRAMS", 2)
+    """On a GPU large batches have them: here three programs of two tiles, as if the batch were
+    large. With two programs the tiles of the second could overlap those of the first unseen."""
+    monkeypatch.setattr(module, "FORWARD_PROGRAMS", 4)
+    monkeypatch.setattr(module, "BACKWARD_PROGRAMS", 4)
     assert_no_worse([x.to(device) for x in random_qkv(1, 2, 75, 40, 16, torch.float32)], no_worse)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "heads last", "every second row", "transposed"])
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "heads last", "each its own", "every second row", "transposed"]
+)
 def test_kernels_with_any_strides(layout, device, small_blocks, no_worse):
     q, k, v = (x.to(device) for x in random_qkv(2, 2, 24, 20, 16, torch.float32))
     if layout == "contiguous":
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    elif layout == "each its own":
+        k, v = k.contiguous(), v.repeat_interleave(3, dim=2)[:, :, ::3]
     elif layout == "every second row":
         q, k, v = (x.repeat_interleave(2, dim=2)[:, :, ::2] for x in (q, k, v))
     elif layout == "transposed":  # the last dimension is not contiguous

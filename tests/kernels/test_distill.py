@@ -125,8 +125,9 @@ def test_mean_of_the_gate_per_pixel_is_the_gate_of_the_loss():
 
 
 @pytest.mark.parametrize("transfer", [t for t in TRANSFERS if t != "none"])
-def test_only_the_student_moves(transfer):
-    cnn, transformer, labels = example()
+@pytest.mark.parametrize("factor", [1, 4])  # the specification, and the rows of a CPU
+def test_only_the_student_moves(transfer, factor):
+    cnn, transformer, labels = example(factor=factor)
     loss = collaborative_loss(cnn, transformer, labels, transfer=transfer)
     for term, student, teacher in (
         (loss.cnn_to_transformer, transformer, cnn),

@@ -10,7 +10,7 @@ import data
 from support import audit, cli, toy
 from support.labels import decode_colours, encode_colours
 from support.layouts import POTSDAM, POTSDAM_TILES
-from support.raster import DataError, open_rows
+from support.raster import DataError, open_rows, read_tags
 
 RGB, LABEL = "RGB/top_potsdam_2_10_RGB.tif", "5_Labels_all/top_potsdam_2_10_label.tif"
 
@@ -156,6 +156,17 @@ def test_defects_are_found(run, potsdam, write_tiff, how):
     assert code == 1 and f"NOT fit to train on (faults: {len(faults)})" in out
     assert any(re.search(DEFECTS[how], fault) for fault in faults), faults
     assert len(faults) == 1, faults  # and nothing is blamed that is all right
+
+
+def test_every_row_is_decoded(run, potsdam, monkeypatch):
+    """The last strip of the image is damaged; rows are read 32 at a time."""
+    monkeypatch.setattr(audit, "ROWS", 32)
+    path, strip_offsets = potsdam / RGB, 273
+    data, last = bytearray(path.read_bytes()), read_tags(path)[strip_offsets][1][-1]
+    data[last : last + 40] = bytes(40)
+    path.write_bytes(data)
+    code, out = run("potsdam", "--root", potsdam, *ONE)
+    assert code == 1 and "2_10_RGB.tif: is damaged" in out
 
 
 def test_eroded_labels_are_audited_where_they_are_read(run, potsdam):

@@ -49,6 +49,20 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
+def test_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    """Or a power cut could leave the name of a complete file on an empty one."""
+    order = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *a, name=name, real=real: (order.append(name), real(*a))
+        )
+    with checkpoint.atomic_write(tmp_path / "x") as file:
+        file.write(b"x")
+    monkeypatch.undo()
+    assert order[:2] == ["fsync", "replace"]
+
+
 SAVE_AND_KILL = """
 import os, signal, sys, time, torch
 from support import checkpoint

@@ -8,6 +8,7 @@ import pytest
 from support.layouts import (
     BANDS,
     LOVEDA_IMAGES,
+    POTSDAM,
     POTSDAM_TILES,
     SPLITS,
     VAIHINGEN_TILES,
@@ -42,6 +43,7 @@ def test_potsdam_splits_are_the_publishers():
     rows = {2: (10, 14), 3: (10, 14), 4: (10, 15), 5: (10, 15), 6: (7, 15), 7: (7, 13)}
     tiles = {f"{r}_{c}" for r, (a, b) in rows.items() for c in range(a, b + 1)}
     assert train | val | test == tiles - {"7_10"}
+    assert test == {tile for tile in tiles if int(tile.split("_")[1]) >= 13}
     assert {tile.split("_")[0] for tile in val} == {"2", "3", "4", "5", "6", "7"}
 
 
@@ -49,6 +51,20 @@ def test_vaihingen_splits_are_the_publishers():
     train, val, test = (VAIHINGEN_TILES[split].split() for split in SPLITS)
     assert len(test) == 17 and len({*train, *val, *test}) == len(train) + len(val) + 17 == 33
     assert [*map(int, test)] == sorted(map(int, test)) and len(val) == 4
+    # The areas whose labels came with the contest.
+    labelled = {1, 3, 5, 7, 11, 13, 15, 17, 21, 23, 26, 28, 30, 32, 34, 37}
+    assert {int(area) for area in train + val} == labelled
+
+
+def test_potsdams_colours_are_the_publishers():
+    assert dict(zip(POTSDAM.names, POTSDAM.colours, strict=True)) == {
+        "impervious": (255, 255, 255),
+        "building": (0, 0, 255),
+        "low vegetation": (0, 255, 255),
+        "tree": (0, 255, 0),
+        "car": (255, 255, 0),
+        "clutter": (255, 0, 0),
+    }
 
 
 def test_loveda_counts_are_the_publishers():

@@ -472,6 +472,13 @@ def test_boundary_counts_of_a_batch_are_the_sum_over_its_images():
     assert torch.equal(erode(labels, 1), eroded)
 
 
+def test_boundary_precision_and_recall_have_their_own_divisors():
+    # 8 predicted, 2 of them near a true one; 4 true, 3 of them near a predicted one
+    assert boundary_f1(torch.tensor([[8, 2, 4, 3]]))["boundary_f1"] == pytest.approx(
+        2 * (2 / 8) * (3 / 4) / (2 / 8 + 3 / 4)
+    )
+
+
 def test_boundary_f1_of_absent_classes():
     # class 0 without a boundary, 1 only in the truth, 2 only predicted, 3: precision 1, recall 1/2
     counts = torch.tensor([[0, 0, 0, 0], [0, 0, 5, 0], [5, 0, 0, 0], [4, 4, 4, 2]])

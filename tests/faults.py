@@ -1,0 +1,929 @@
+"""Do the tests notice? Small faults, planted one at a time; a test must catch each.
+
+    python -m tests.faults                      # all of them, about 10 minutes
+    python -m tests.faults --only metrics       # those whose file or name contains the text
+    python -m tests.faults --jobs 2             # two at a time
+
+A green test says little until it has been seen red. Each fault here is a bug that somebody shipped
+or could have: in the method, the kernels, the data's way, the scores, inference, the checkpoints.
+Nothing is planted in this clone: the files are copied to a scratch folder first. There the tests
+are run once without a fault, then with each of them.
+
+To add a fault, add a line to FAULTS: the file, what the bug is, the text before (which must occur
+exactly once in the file), the text after, and the tests that must fail, as narrow as possible. If
+no test fails, write that test.
+
+A fault is caught when pytest ends with 1, tests failed. If the tests cannot even be collected the
+fault is BROKEN: it shows nothing about them. pytest does not collect this file.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from queue import Queue
+from typing import NamedTuple
+
+from support.progress import duration
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT = 600  # seconds for the tests of one fault
+VERDICTS = {0: "MISSED", 1: "caught"}  # pytest's exit codes
+
+
+class Fault(NamedTuple):
+    file: str
+    name: str  # what is wrong
+    before: str  # occurs exactly once in the file
+    after: str
+    tests: str  # node ids below tests/, as a shell would split them
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.name}"
+
+    def planted(self, text: str) -> str:
+        """The file's text with the fault; ends the program if it has no one place for it."""
+        if (count := text.count(self.before)) != 1 or self.before == self.after:
+            sys.exit(f"{self}: the text before occurs {count} times, not once")
+        return text.replace(self.before, self.after)
+
+    def node_ids(self) -> list[str]:
+        return [f"tests/{test}" for test in shlex.split(self.tests)]
+
+
+# --- The method: ctclm.py -------------------------------------------------------------------------
+
+# fmt: off
+METHOD = [
+    Fault("ctclm.py", "Mix-FFN expands to three times the channels",
+          "expansion: int = 4):\n        super().__init__()",
+          "expansion: int = 3):\n        super().__init__()",
+          "test_ctclm.py::test_the_encoders_have_the_published_sizes"),
+    Fault("ctclm.py", "Conv-FFN expands to three times the channels",
+          "expansion: int = 4):\n        hidden",
+          "expansion: int = 3):\n        hidden",
+          "test_ctclm.py::test_the_cnn_has_the_size_it_had"),
+    Fault("ctclm.py", "the merged kernel has no identity",
+          "        kernel[:, :, 5, 5] = 1\n",
+          "",
+          "test_ctclm.py::test_merged_convolution_equals_the_branches"),
+    Fault("ctclm.py", "the merged kernel's branches lie in a corner",
+          "F.pad(branch.weight, [(11 - size) // 2] * 4)",
+          "F.pad(branch.weight, [0, 11 - size] * 2)",
+          "test_ctclm.py::test_merged_convolution_equals_the_branches"),
+    Fault("ctclm.py", "the CNN has batch normalisation",
+          "return nn.GroupNorm(8, channels)",
+          "return nn.BatchNorm2d(channels)",
+          "test_ctclm.py::test_cnn_does_not_depend_on_its_neighbours_in_the_batch"),
+    Fault("ctclm.py", "keys are reduced at the last stage too",
+          "KEY_REDUCTION = (8, 4, 2, 1)",
+          "KEY_REDUCTION = (8, 4, 2, 2)",
+          "test_ctclm.py::test_the_encoders_have_the_published_sizes"),
+    Fault("ctclm.py", "attention is scaled by all channels",
+          "x = attention(q, k, v)  #",
+          "x = attention(q, k, v, C**-0.5)  #",
+          "test_ctclm.py::test_attention_layer_equals_multi_head_attention"),
+    Fault("ctclm.py", "keys and values are swapped",
+          "k, v = kv.permute(2, 0, 3, 1, 4)",
+          "v, k = kv.permute(2, 0, 3, 1, 4)",
+          "test_ctclm.py::test_attention_layer_equals_multi_head_attention"),
+    Fault("ctclm.py", "attention is normalised after it is added",
+          "x = x + self.attention(self.norm1(x), H, W)",
+          "x = self.norm1(x + self.attention(x, H, W))",
+          "test_ctclm.py::test_a_block_adds_to_its_input"),
+    Fault("ctclm.py", "Mix-FFN has its nonlinearity before the convolution",
+          "to_grid(self.expand(x), H, W)))\n        return self.reduce(F.gelu(x))",
+          "to_grid(F.gelu(self.expand(x)), H, W)))\n        return self.reduce(x)",
+          "test_ctclm.py::test_mix_ffn_as_published"),
+    Fault("ctclm.py", "normalisation takes blue for red",
+          "[123.675, 116.28, 103.53]",
+          "[103.53, 116.28, 123.675]",
+          "test_ctclm.py::test_normalisation_is_inside_and_not_in_the_state"),
+    Fault("ctclm.py", "the head aligns corners",
+          'F.interpolate(x, size, mode="bilinear") for x in levels',
+          'F.interpolate(x, size, mode="bilinear", align_corners=True) for x in levels',
+          "test_ctclm.py::test_head_equals_the_published_order"),
+    Fault("ctclm.py", "the head is normalised after its nonlinearity",
+          "F.relu(self.norm(sum(levels)))",
+          "self.norm(F.relu(sum(levels)))",
+          "test_ctclm.py::test_head_equals_the_published_order"),
+    Fault("ctclm.py", "the projector does not normalise",
+          "nn.BatchNorm2d(shared_dim, affine=False, track_running_stats=False)",
+          "nn.Identity()",
+          "test_ctclm.py::test_every_dimension_of_the_shared_space_has_variance_1"),
+    Fault("ctclm.py", "both branches share one projector",
+          "for p, x in zip(self.transformer_projectors, output.transformer_features",
+          "for p, x in zip(self.cnn_projectors, output.transformer_features",
+          "test_ctclm.py::test_everything_is_trained"),
+    Fault("ctclm.py", "the alignment moves its teacher",
+          "F.cosine_similarity(student, teacher.detach(), dim=1)",
+          "F.cosine_similarity(student, teacher, dim=1)",
+          "test_ctclm.py::test_each_distance_moves_one_branch"),
+    Fault("ctclm.py", "the regional alignment moves the better branch",
+          "cnn_is_better * transformer_moves + (1 - cnn_is_better) * cnn_moves",
+          "cnn_is_better * cnn_moves + (1 - cnn_is_better) * transformer_moves",
+          "test_ctclm.py::test_late_stages_follow_the_branch_that_is_right"),
+    Fault("ctclm.py", "the gap has the wrong sign",
+          "return valid, (l_t - l_c)[:, None]",
+          "return valid, (l_c - l_t)[:, None]",
+          "test_ctclm.py::test_late_stages_follow_the_branch_that_is_right"),
+    Fault("ctclm.py", "the stages of the two alignments",
+          "                if s < 2:\n",
+          "                if s < 3:\n",
+          "test_ctclm.py::test_early_stages_are_aligned_both_ways"),
+    Fault("ctclm.py", "ignored pixels are aligned",
+          "valid = F.adaptive_avg_pool2d((labels != ignored)[:, None].float(), size)",
+          "valid = F.adaptive_avg_pool2d((labels == labels)[:, None].float(), size)",
+          "test_ctclm.py::test_only_labelled_positions_take_part"),
+    Fault("ctclm.py", "the alignment is divided by all positions",
+          "(values * counts).sum() / counts.sum().clamp(min=1)",
+          "(values * counts).mean()",
+          "test_ctclm.py::test_ignored_images_do_not_reach_the_alignment"),
+    Fault("ctclm.py", "the covariance penalty has the diagonal",
+          "off_diagonal = covariance - torch.diag(torch.diagonal(covariance))",
+          "off_diagonal = covariance",
+          "test_ctclm.py::test_covariance_penalty_by_hand"),
+    Fault("ctclm.py", "the covariance is not centred",
+          "centred = (rows - (w * rows).sum(0) / n) * w",
+          "centred = rows * w",
+          "test_ctclm.py::test_covariance_penalty_by_hand"),
+    Fault("ctclm.py", "the decorrelation is a sum, not a mean",
+          "decorrelation = decorrelation + penalty / 8",
+          "decorrelation = decorrelation + penalty",
+          "test_ctclm.py::test_terms_of_the_shared_space_are_means"),
+    Fault("ctclm.py", "the weights of the alignments are swapped",
+          "c.align_weight * align + c.region_weight * region",
+          "c.region_weight * align + c.align_weight * region",
+          "test_ctclm.py::test_total_is_the_weighted_sum"),
+    Fault("ctclm.py", "the decorrelation is ramped",
+          "supervised + ramp * collaboration + c.decorrelation_weight * decorrelation",
+          "supervised + ramp * (collaboration + c.decorrelation_weight * decorrelation)",
+          "test_ctclm.py::test_total_is_the_weighted_sum"),
+    Fault("ctclm.py", "the ramp's exponent is not squared",
+          "math.exp(-5 * (1 - t) ** 2)",
+          "math.exp(-5 * (1 - t))",
+          "test_ctclm.py::test_ramp"),
+]
+# fmt: on
+
+# --- The loop: train.py ---------------------------------------------------------------------------
+
+# fmt: off
+LOOP = [
+    Fault("train.py", "gradients are not clipped",
+          "        self.clip_gradients()\n",
+          "",
+          "test_train.py::test_a_step_clips_before_it_updates"),
+    Fault("train.py", "gradients are clipped together",
+          'parts = self.model.branches | {"projectors": self.model.projectors}',
+          'parts = {"model": self.model}',
+          "test_train.py::test_gradients_are_clipped_for_each_part_by_itself"),
+    Fault("train.py", "an infinite gradient is clipped to zero",
+          "if not nn.utils.clip_grad_norm_(parameters, largest).isfinite():",
+          "if nn.utils.clip_grad_norm_(parameters, largest) < 0:",
+          "test_train.py::test_a_gradient_that_is_not_finite_stops_the_run"),
+    Fault("train.py", "a step ignores the ramp",
+          "self.model.objective(output, labels, ramp)",
+          "self.model.objective(output, labels)",
+          "test_train.py::test_a_step_uses_the_learning_rate_and_the_ramp_of_its_number"),
+    Fault("train.py", "gradients add up over steps",
+          "        self.optimizer.zero_grad(set_to_none=True)\n",
+          "",
+          "test_train.py::test_a_step_forgets_the_gradients_of_the_last"),
+    Fault("train.py", "the learning rate has no warm-up",
+          "        if self.step < warm_up:\n",
+          "        if False:\n",
+          "test_train.py::test_learning_rate"),
+    Fault("train.py", "the optimiser does not follow the learning rate",
+          'group["lr"] = self.learning_rate()',
+          'group["lr"] = self.config.lr',
+          "test_train.py::test_a_step_uses_the_learning_rate_and_the_ramp_of_its_number"),
+    Fault("train.py", "biases and norms decay",
+          '{"params": others, "weight_decay": 0.0}',
+          '{"params": others, "weight_decay": 0.01}',
+          "test_train.py::test_weight_decay_is_for_matrices_only"),
+    Fault("train.py", "the best checkpoint is the CNN's best",
+          "deployed, *others = scores",
+          "*others, deployed = scores",
+          "test_train.py::test_best_is_the_best_validation"),
+    Fault("train.py", "the best checkpoint is the last",
+          'is_best = scores[deployed]["miou"] > self.best["miou"]',
+          "is_best = True",
+          "test_train.py::test_best_is_the_best_validation"),
+    Fault("train.py", "validation is in training mode",
+          "        self.model.eval()\n        scores = {}\n",
+          "        scores = {}\n",
+          "test_train.py::test_validation_is_in_evaluation_mode_and_training_is_not"),
+    Fault("train.py", "training goes on in evaluation mode",
+          "        self.model.train()\n        return scores\n",
+          "        return scores\n",
+          "test_train.py::test_validation_is_in_evaluation_mode_and_training_is_not"),
+    Fault("train.py", "resuming forgets the optimiser",
+          '        self.optimizer.load_state_dict(state["optimizer"])\n',
+          "",
+          "test_train.py::test_resumed_run_ends_in_the_same_bits"),
+    Fault("train.py", "resuming forgets the step",
+          'self.step, self.log, self.best = state["step"], state["log"], state["best"]',
+          'self.log, self.best = state["log"], state["best"]',
+          "test_train.py::test_resumed_run_ends_in_the_same_bits"),
+    Fault("train.py", "resuming forgets the best validation",
+          'self.step, self.log, self.best = state["step"], state["log"], state["best"]',
+          'self.step, self.log = state["step"], state["log"]',
+          "test_train.py::test_a_resumed_run_remembers_its_best"),
+    Fault("train.py", "resuming does not compare the options",
+          '(before := state["config"][key]) == value,',
+          '(before := state["config"][key]) is not None,',
+          "test_train.py::test_resuming_with_other_options_is_refused"),
+    Fault("train.py", "the seed does not reach the weights",
+          "torch.manual_seed(config.seed)",
+          "torch.manual_seed(0)",
+          "test_train.py::test_the_seed_reaches_weights_and_windows"),
+    Fault("train.py", "the seed does not reach the windows",
+          "size = (config.crop, config.batch, config.seed)",
+          "size = (config.crop, config.batch)",
+          "test_train.py::test_the_seed_reaches_weights_and_windows"),
+    Fault("train.py", "a validation tile is trained on",
+          "    if both - {None}:",
+          "    if False:",
+          "test_train.py::test_no_tile_is_in_both_sets"),
+]
+# fmt: on
+
+# --- The kernels ----------------------------------------------------------------------------------
+
+ATTENTION = "kernels/attention.py"
+ONE_CHUNK, SEVERAL_CHUNKS = (  # of keys; and several slices of queries
+    f"kernels/test_attention.py::test_kernels_are_no_worse[{shape}-torch.float32]"
+    for shape in ("2-3-63-16-16", "1-1-40-40-128")
+)
+SPECIFICATION = "kernels/distill.py"
+LOSS = "kernels/test_distill.py"
+EVERY_TRANSFER = "kernels/test_distill.py::test_every_transfer_is_honoured"
+ON_CPU, ON_GPU = (f"{EVERY_TRANSFER}[selective-2.0-{path}]" for path in ("pytorch", "triton"))
+ROWS = "kernels/distill_rows.py"
+TRITON = "kernels/distill_triton.py"
+
+# fmt: off
+KERNELS = [
+    Fault(ATTENTION, "a scale of 0 is taken for none",
+          "scale = q.shape[-1] ** -0.5 if scale is None else float(scale)",
+          "scale = float(scale or q.shape[-1] ** -0.5)",
+          "kernels/test_attention.py::test_scale_is_honoured"),
+    Fault(ATTENTION, "softmax without its maximum",
+          "new_top = tl.maximum(top, tl.max(s, 1))",
+          "new_top = tl.zeros((QUERIES,), tl.float32)",
+          "kernels/test_attention.py::test_kernels_with_large_scores"),
+    Fault(ATTENTION, "a new maximum does not rescale the output",
+          "            out = out * shrink[:, None]\n",
+          "",
+          SEVERAL_CHUNKS),
+    Fault(ATTENTION, "keys beyond the last have a weight, forward",
+          's = tl.where(m[None, :] < M, s, float("-inf"))',
+          "s = tl.where(m[None, :] < M, s, 0.0)",
+          SEVERAL_CHUNKS),
+    Fault(ATTENTION, "keys beyond the last have a weight, backward",
+          'return tl.where(m[:, None] < M, s, float("-inf")) if RAGGED else s',
+          "return s",
+          SEVERAL_CHUNKS),
+    Fault(ATTENTION, "a program's tiles overlap, forward",
+          "n = (block * TILES + t) * QUERIES",
+          "n = (block + t) * QUERIES",
+          "kernels/test_attention.py::test_kernels_with_several_tiles_to_a_program"),
+    Fault(ATTENTION, "values are read with the keys' strides",
+          "strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])\n",
+          "strides = (*q.stride()[:3], *k.stride()[:3], *k.stride()[:3])\n",
+          "kernels/test_attention.py::test_kernels_with_any_strides"),
+    Fault(ATTENTION, "a last dimension that is not contiguous is read as if it were",
+          "return x if x.stride(3) == 1 else x.contiguous()",
+          "return x",
+          "kernels/test_attention.py::test_kernels_with_any_strides"),
+    Fault(ATTENTION, "dq without the scale",
+          'input_precision="ieee") * scale  # of dq',
+          'input_precision="ieee")  # of dq',
+          SEVERAL_CHUNKS),
+    Fault(ATTENTION, "dk without the scale", "sum_dk * scale,", "sum_dk,", SEVERAL_CHUNKS),
+    Fault(ATTENTION, "ds without sum p dp",
+          "delta = tl.sum(p * dp, 0)",
+          "delta = tl.zeros((QUERIES,), tl.float32)",
+          ONE_CHUNK),
+    Fault(ATTENTION, "sum p dp is not rescaled by a new maximum",
+          "weighted = weighted * shrink + tl.sum(e * dp, 0)",
+          "weighted = weighted + tl.sum(e * dp, 0)",
+          SEVERAL_CHUNKS),
+    Fault(ATTENTION, "dq has the last chunk of keys alone",
+          "        if CHUNKS > 1:\n            tile +=",
+          "        if CHUNKS > 9:\n            tile +=",
+          SEVERAL_CHUNKS),
+    Fault(ATTENTION, "dk and dv have the first slice of queries alone",
+          "dk, dv = dkv.sum(1).to(q.dtype)",
+          "dk, dv = dkv[:, 0].to(q.dtype)",
+          SEVERAL_CHUNKS),
+    Fault(SPECIFICATION, "r and 1 - r are swapped",
+          '"selective": ((0, 1), (1, -1))',
+          '"selective": ((1, -1), (0, 1))',
+          f"{LOSS}::test_by_hand"),
+    Fault(SPECIFICATION, "the gate believes the branch that is wrong",
+          "r = torch.sigmoid((l_t - l_c) / kappa).detach()",
+          "r = torch.sigmoid((l_c - l_t) / kappa).detach()",
+          f"{LOSS}::test_by_hand"),
+    Fault(SPECIFICATION, "the gate is not detached",
+          "r = torch.sigmoid((l_t - l_c) / kappa).detach()",
+          "r = torch.sigmoid((l_t - l_c) / kappa)",
+          f"{LOSS}::test_the_gate_carries_no_gradient"),
+    Fault(SPECIFICATION, "the gate of the pictures has the wrong sign",
+          "torch.sigmoid((l_t - l_c) / kappa).masked_fill",
+          "torch.sigmoid((l_c - l_t) / kappa).masked_fill",
+          f"{LOSS}::test_mean_of_the_gate_per_pixel_is_the_gate_of_the_loss"),
+    Fault(SPECIFICATION, "the CNN learns while it teaches",
+          "kl_divergence(teacher=log_p_c.detach(), student=log_p_t)",
+          "kl_divergence(teacher=log_p_c, student=log_p_t)",
+          f"{LOSS}::test_only_the_student_moves"),
+    Fault(SPECIFICATION, "the Transformer learns while it teaches",
+          "kl_divergence(teacher=log_p_t.detach(), student=log_p_c)",
+          "kl_divergence(teacher=log_p_t, student=log_p_c)",
+          f"{LOSS}::test_only_the_student_moves"),
+    Fault(SPECIFICATION, "the divergence has its sides swapped",
+          "return (teacher.exp() * (teacher - student)).sum(dim=1)",
+          "return (student.exp() * (student - teacher)).sum(dim=1)",
+          f"{LOSS}::test_direction_of_the_divergence"),
+    Fault(SPECIFICATION, "no T^2",
+          "temperature**2 * weight_ct * cnn_teaches",
+          "weight_ct * cnn_teaches",
+          ON_CPU),
+    Fault(SPECIFICATION, "the divisor counts ignored pixels",
+          "count = valid.sum().clamp(min=1)",
+          "count = max(1, valid.numel())",
+          f"{LOSS}::test_ignored_pixels_change_nothing"),
+    Fault(SPECIFICATION, "ignored pixels add to the sums",
+          "torch.where(valid, m, 0).sum()",
+          "m.sum()",
+          f"{LOSS}::test_ignored_pixels_change_nothing"),
+    Fault(SPECIFICATION, "logits are upsampled with aligned corners",
+          'mode="bilinear", align_corners=False',
+          'mode="bilinear", align_corners=True',
+          ON_CPU),
+    Fault(SPECIFICATION, "without a valid pixel the loss is NaN",
+          "(sums[:5] / sums[5].clamp(min=1))",
+          "(sums[:5] / sums[5])",
+          f"{LOSS}::test_without_a_valid_pixel_all_is_zero"),
+    Fault(ROWS, "a chunk does not reach the rows beside it",
+          "reach = slice(max(first - 1, 0), last + 1)",
+          "reach = slice(first, last + 1)",
+          ON_CPU),
+    Fault(ROWS, "logits are upsampled with aligned corners",
+          'mode="linear")[0]',
+          'mode="linear", align_corners=True)[0]',
+          f"{LOSS}::test_cross_entropies_are_pytorchs"),
+    Fault(ROWS, "no T^2", "    sums[2:4] *= temperature**2\n", "", ON_CPU),
+    Fault(ROWS, "the transfer's gradient without T",
+          "    gradients[1] *= temperature\n",
+          "",
+          ON_CPU),
+    Fault(ROWS, "the denominator at temperature 1",
+          "lse = softmax_and_lse(z.div_(temperature), out=q)",
+          "softmax_and_lse(z.div_(temperature), out=q)",
+          ON_CPU),
+    Fault(ROWS, "the Transformer moves away from its teacher",
+          "torch.mul(of_cnn, -weight_ct, out=of_transformer)",
+          "torch.mul(of_cnn, weight_ct, out=of_transformer)",
+          ON_CPU),
+    Fault(ROWS, "ignored pixels have a gradient",
+          "p.mul_(m).scatter_add_(2, target, -m.expand_as(target))",
+          "p.scatter_add_(2, target, -torch.ones_like(m).expand_as(target))",
+          f"{LOSS}::test_without_a_valid_pixel_all_is_zero"),
+    Fault(ROWS, "each branch gets the other's upstream gradient",
+          "scale = upstream.view(2, 2, 1, 1, 1, 1).flip(1)",
+          "scale = upstream.view(2, 2, 1, 1, 1, 1)",
+          ON_CPU),
+    Fault(TRITON, "pixels lie at quarters, not at eighths",
+          "tl.where(j >= n, 0.0, (p + 0.5) / 4)",
+          "tl.where(j >= n, 0.0, p / 4)",
+          ON_GPU),
+    Fault(TRITON, "the first cell shares its gradient with a logit outside",
+          "tl.where(j == 0, 1.0, tl.where(j >= n, 0.0, (p + 0.5) / 4))",
+          "tl.where(j >= n, 0.0, (p + 0.5) / 4)",
+          ON_GPU),
+    Fault(TRITON, "the lower rows' gradient is not carried on",
+          "upper, lower = lower, zeros(LANES, K)",
+          "upper, lower = zeros(LANES, K), zeros(LANES, K)",
+          ON_GPU),
+    Fault(TRITON, "a cell adds its own share, not its neighbour's",
+          "(tl.arange(0, CELLS) + 1) % CELLS",
+          "tl.arange(0, CELLS)",
+          ON_GPU),
+    Fault(TRITON, "the last dual row is nobody's",
+          "triton.cdiv(h + 1, rows), B)",
+          "triton.cdiv(h, rows), B)",
+          f"{LOSS}::test_logits_of_any_layout[triton]"),
+    Fault(TRITON, "the label is compared with the next class",
+          "value = tl.where(y == k, z[k], value)",
+          "value = tl.where(y == k + 1, z[k], value)",
+          ON_GPU),
+    Fault(TRITON, "a label that is no class gives 0",
+          'value = tl.full(y.shape, float("nan"), tl.float32)',
+          "value = tl.zeros(y.shape, tl.float32)",
+          f"{LOSS}::test_a_label_that_is_no_class_gives_nan"),
+    Fault(TRITON, "the cross entropy's gradient without its one-hot",
+          "g = p_s * e_s[k] - tl.where(y == k, ce, 0) +",
+          "g = p_s * e_s[k] +",
+          ON_GPU),
+    Fault(TRITON, "the transfer's gradient without T",
+          "    scale[2:] *= temperature\n",
+          "",
+          ON_GPU),
+    Fault(TRITON, "T where T^2 belongs",
+          "T * T * weight_tc * transformer_teaches",
+          "T * weight_tc * transformer_teaches",
+          ON_GPU),
+    Fault(TRITON, "the CNN's gate in its gradient has the wrong sign",
+          "                ce_gap = -ce_gap\n",
+          "                ce_gap = ce_gap\n",
+          ON_GPU),
+    Fault(TRITON, "the weights of the two students are swapped",
+          "scale[1::2].contiguous(), weights[1], True)",
+          "scale[1::2].contiguous(), weights[0], True)",
+          ON_GPU),
+]
+# fmt: on
+
+# --- The data -------------------------------------------------------------------------------------
+
+WINDOWS = "test_data_windows.py"
+
+# fmt: off
+DATA = [
+    Fault("data.py", "every step has the same windows",
+          "counter=[0, 0, k, step]",
+          "counter=[0, 0, k, 0]",
+          f"{WINDOWS}::test_windows_of_a_batch_and_of_steps_differ"),
+    Fault("data.py", "all windows of a batch are the same",
+          "counter=[0, 0, k, step]",
+          "counter=[0, 0, 0, step]",
+          f"{WINDOWS}::test_windows_of_a_batch_and_of_steps_differ"),
+    Fault("data.py", "every seed has the same windows",
+          "key=[self.seed, self.rank]",
+          "key=[0, self.rank]",
+          f"{WINDOWS}::test_seed_and_rank_change_the_windows"),
+    Fault("data.py", "every rank has the same windows",
+          "key=[self.seed, self.rank]",
+          "key=[self.seed, 0]",
+          f"{WINDOWS}::test_seed_and_rank_change_the_windows"),
+    Fault("data.py", "scenes are drawn whatever their size",
+          "rng.choice(len(self.area_shares), p=self.area_shares)",
+          "rng.choice(len(self.area_shares))",
+          f"{WINDOWS}::test_scenes_are_drawn_by_their_area"),
+    Fault("data.py", "labels are resized bilinearly",
+          "resize(size, Image.Resampling.NEAREST)",
+          "resize(size, bilinear)",
+          f"{WINDOWS}::test_a_window_has_no_class_that_its_scene_has_not"),
+    Fault("data.py", "the image is flipped and the label is not",
+          "return (image[:, ::-1], label[:, ::-1]) if flip",
+          "return (image[:, ::-1], label) if flip",
+          f"{WINDOWS}::test_image_and_label_stay_together"),
+    Fault("data.py", "the image is turned and the label is not",
+          "np.rot90(image, quarter_turns), np.rot90(label, quarter_turns)",
+          "np.rot90(image, quarter_turns), label",
+          f"{WINDOWS}::test_image_and_label_stay_together"),
+    Fault("data.py", "only half turns",
+          "quarter_turns, flip = rng.integers(4), rng.integers(2)",
+          "quarter_turns, flip = 2 * rng.integers(2), rng.integers(2)",
+          f"{WINDOWS}::test_all_eight_orientations_occur"),
+    Fault("data.py", "padding is class 0",
+          "constant_values=IGNORE)",
+          "constant_values=0)",
+          f"{WINDOWS}::test_small_scenes_are_padded_and_the_padding_is_ignored"),
+    Fault("data.py", "labels are jittered like images",
+          "            image = photometric_jitter(image, rng)\n",
+          "            image = photometric_jitter(image, rng)\n"
+          "            label = photometric_jitter(label[..., None], rng)[..., 0]\n",
+          f"{WINDOWS}::test_a_window_has_no_class_that_its_scene_has_not"),
+    Fault("data.py", "light changes without augmentation",
+          "        if self.augment:\n            image = photometric_jitter",
+          "        if True:\n            image = photometric_jitter",
+          f"{WINDOWS}::test_without_augmentation_a_window_is_a_turned_piece_of_its_scene"),
+    Fault("data.py", "contrast is about mid-grey",
+          "mean = [image[..., band].sum() / image[..., band].size for band in range(bands)]",
+          "mean = [127.5 for band in range(bands)]",
+          f"{WINDOWS}::test_jitter_is_one_contrast_about_each_bands_mean_and_an_exposure_per_band"),
+    Fault("data.py", "a pixel at the first of its square is drawn from the square before",
+          'np.searchsorted(self.cumulative, pixel, side="right")',
+          'np.searchsorted(self.cumulative, pixel, side="left")',
+          f"{WINDOWS}::test_the_only_pixel_of_a_square_is_drawn_too"),
+    Fault("data.py", "the pixel of a rare class need not be in its window",
+          "random_crop(self.scenes[scene], side, rng, point)",
+          "random_crop(self.scenes[scene], side, rng)",
+          f"{WINDOWS}::test_rare_windows_show_cars"),
+    Fault("data.py", "colours of no class become class 0",
+          "rows[rows == UNKNOWN] = IGNORE",
+          "rows[rows == UNKNOWN] = 0",
+          "test_data.py::test_what_was_allowed_once_is_not_allowed_for_ever"),
+    Fault("data.py", "a cached label does not depend on its classes",
+          "how = repr((self.files.classes, self.files.encoding, self.max_unknown))",
+          'how = "label"',
+          "test_data.py::test_other_classes_are_other_labels"),
+    Fault("data.py", "a cached label may have another size than its image",
+          "        check_size(pixels.shape, image_shape, path, tile.image)\n",
+          "",
+          "test_data.py::test_a_cached_label_must_still_fit_its_image"),
+    Fault("support/labels.py", "a corner of no class is class 0",
+          "table = np.full(8, UNKNOWN, np.uint8)",
+          "table = np.zeros(8, np.uint8)",
+          "support/test_labels.py::test_colours_of_no_class"),
+    Fault("support/labels.py", "the threshold is 200",
+          "bright = (rgb > 127)",
+          "bright = (rgb > 200)",
+          "support/test_labels.py::test_scattered_colours_decode"),
+    Fault("support/labels.py", "colours between two corners have a class",
+          "    label[far_from_corners(rgb, FAR)] = UNKNOWN\n",
+          "",
+          "support/test_labels.py::test_colours_of_no_class"),
+    Fault("support/labels.py", "a photograph passes for a label",
+          "if self.blurred > max(MAX_BLURRED, max_unknown) * pixels:",
+          "if False:",
+          "support/test_labels.py::test_an_overlay_or_a_photograph_is_refused"),
+    Fault("support/labels.py", "indices keep the publisher's first",
+          "np.where(valid, rows - np.uint8(first), np.uint8(IGNORE))",
+          "np.where(valid, rows, np.uint8(IGNORE))",
+          "support/test_labels.py::test_indices"),
+    Fault("support/labels.py", "ignored pixels are counted as class 0",
+          "bin_of = np.full(256, K + 1, np.int32)",
+          "bin_of = np.zeros(256, np.int32)",
+          "support/test_labels.py::test_cells_count_every_pixel_once"),
+    Fault("support/layouts.py", "LoveDA's no-data is a class",
+          "first_index=1, ignore_index=0)",
+          "first_index=0)",
+          "test_data.py::test_loveda_no_data_is_ignored_and_classes_start_at_zero"),
+    Fault("support/layouts.py", "a validation tile is in the training split",
+          '"train": "2_10 2_12',
+          '"train": "2_10 2_11 2_12',
+          "support/test_layouts.py::test_potsdam_splits_are_the_publishers"),
+    Fault("support/layouts.py",
+          "Potsdam's test set has a tile of the training set instead of its own",
+          '7_12",\n    "val": "2_11 3_12 4_10 5_12 6_12 7_8",\n    "test": "2_13',
+          '2_13",\n    "val": "2_11 3_12 4_10 5_12 6_12 7_8",\n    "test": "7_12',
+          "support/test_layouts.py::test_potsdam_splits_are_the_publishers"),
+    Fault("support/layouts.py",
+          "Vaihingen's test set has an area of the training set instead of its own",
+          '"train": "1 3 5 11 13 15 21 23 26 30 32 34",\n    "val": "7 17 28 37",\n    "test": "2',
+          '"train": "2 3 5 11 13 15 21 23 26 30 32 34",\n    "val": "7 17 28 37",\n    "test": "1',
+          "support/test_layouts.py::test_vaihingen_splits_are_the_publishers"),
+    Fault("support/layouts.py", "trees and low vegetation have each other's colours",
+          "(0, 255, 255), (0, 255, 0),",
+          "(0, 255, 0), (0, 255, 255),",
+          "support/test_layouts.py::test_potsdams_colours_are_the_publishers"),
+    Fault("support/layouts.py", "the label with eroded boundaries comes first",
+          "Tile(tile, image, label or eroded, eroded)",
+          "Tile(tile, image, eroded or label, eroded)",
+          "support/test_layouts.py::test_full_labels_come_first_and_the_eroded_ones_beside_them"),
+    Fault("support/cache.py", "a changed file keeps its name",
+          "status.st_mtime_ns, ",
+          "",
+          "support/test_cache.py::test_a_name_changes_with_the_source"),
+    Fault("support/cache.py", "a part of an array has its final name",
+          '            with open(temporary, "wb") as file:\n',
+          '            with open(temporary, "wb") as file:\n'
+          "                path.exists() or os.link(temporary, path)\n",
+          "support/test_cache.py::test_an_interrupted_decode_leaves_nothing"),
+    Fault("support/cache.py", "an array that is not whole is found",
+          "if path.stat().st_size != self.offset + self.size * self.dtype.itemsize:",
+          "if False:",
+          "support/test_cache.py::test_a_file_that_is_not_whole_is_not_found"),
+    Fault("support/audit.py", "an unfit data set ends with 0",
+          "        return 1\n",
+          "        return 0\n",
+          "support/test_audit.py::test_defects_are_found"),
+    Fault("support/audit.py", "an image is read no further than its first rows",
+          "for top in range(0, H, ROWS)\n",
+          "for top in range(0, min(H, ROWS), ROWS)\n",
+          "support/test_audit.py::test_every_row_is_decoded"),
+    Fault("support/audit.py", "missing tiles are only a note",
+          '(notes if split == "test" else faults).extend(files.gaps)',
+          "notes.extend(files.gaps)",
+          "support/test_audit.py::test_missing_tiles_fail_where_one_trains"),
+    Fault("support/raster.py", "a TIFF's predictor is forgotten",
+          "copied = (COMPRESSION, PREDICTOR, JPEG_TABLES,",
+          "copied = (COMPRESSION, JPEG_TABLES,",
+          "support/test_raster.py::test_what_pillow_writes"),
+    Fault("support/raster.py", "separate planes come in the wrong order",
+          "np.concatenate(planes, axis=-1)",
+          "np.concatenate(planes[::-1], axis=-1)",
+          "support/test_raster.py::test_every_layout_is_read_as_stored"),
+    Fault("support/raster.py", "infrared is lost",
+          "tags[EXTRA_BANDS] = (3, (2,))",
+          "tags[EXTRA_BANDS] = (3, (0,))",
+          "support/test_raster.py::test_every_layout_is_read_as_stored"),
+    Fault("support/raster.py", "16 bits are read as 8",
+          "if found.bits != 8 and not palette_png:",
+          "if found.bits not in (8, 16) and not palette_png:",
+          "support/test_raster.py::test_what_would_be_lost_or_guessed_is_refused_by_name"),
+    Fault("support/raster.py", "a truncated PNG or JPEG is grey at the bottom",
+          "from PIL import Image, UnidentifiedImageError\n",
+          "from PIL import Image, ImageFile, UnidentifiedImageError\n"
+          "ImageFile.LOAD_TRUNCATED_IMAGES = True\n",
+          "support/test_raster.py::test_what_would_be_lost_or_guessed_is_refused_by_name"),
+    Fault("support/raster.py", "an image that its orientation tag turns is read as stored",
+          "if found.orientation != 1:",
+          "if False:",
+          "support/test_raster.py::test_what_would_be_lost_or_guessed_is_refused_by_name"),
+    Fault("support/raster.py", "a truncated TIFF is opened",
+          "if end > (length := os.path.getsize(path)):",
+          "if end > 2 * (length := os.path.getsize(path)):",
+          "support/test_raster.py::test_a_truncated_tiff_is_known_before_its_pixels_are_read"),
+]
+# fmt: on
+
+# --- The scores -----------------------------------------------------------------------------------
+
+METRICS = "support/test_metrics.py"
+
+# fmt: off
+SCORES = [
+    Fault("support/metrics.py", "the confusion matrix is transposed",
+          "torch.from_numpy(counts.reshape(num_classes, num_classes))",
+          "torch.from_numpy(counts.reshape(num_classes, num_classes).T.copy())",
+          f"{METRICS}::test_matrix_counted_by_hand"),
+    Fault("support/metrics.py", "IoU without false positives",
+          "zip(right, truth + predicted - right, strict=True)",
+          "zip(right, truth, strict=True)",
+          f"{METRICS}::test_scores_by_hand"),
+    Fault("support/metrics.py", "an absent class scores 0",
+          "return float(numerator / denominator) if denominator else None",
+          "return float(numerator / denominator) if denominator else 0.0",
+          f"{METRICS}::test_an_absent_class_is_none_and_left_out_but_a_class_only_predicted_is_zero"),
+    Fault("support/metrics.py", "kappa is divided by 1",
+          "total**2 - chance)",
+          "total**2)",
+          f"{METRICS}::test_scores_by_hand"),
+    Fault("support/metrics.py", "labels are eroded by 2 pixels",
+          "def erode(label: Map, radius: int = 3,",
+          "def erode(label: Map, radius: int = 2,",
+          f"{METRICS}::test_the_disc_is_euclidean"),
+    Fault("support/metrics.py", "the disc is a square",
+          "if dy**2 + dx**2 <= radius**2:",
+          "if True:",
+          f"{METRICS}::test_the_disc_is_euclidean"),
+    Fault("support/metrics.py", "boundaries may be off by 2 pixels, not 3",
+          "num_classes: int, radius: int = 3,",
+          "num_classes: int, radius: int = 2,",
+          f"{METRICS}::test_an_edge_is_found_up_to_three_pixels_away"),
+    Fault("support/metrics.py", "a boundary of another class is a hit",
+          "same = predicted[here] == true[there]",
+          "same = (predicted[here] >= 0) == (true[there] >= 0)",
+          f"{METRICS}::test_a_boundary_of_another_class_is_not_a_hit"),
+    Fault("support/metrics.py", "boundary F1 is the mean of precision and recall",
+          "2 * precision * recall / ((precision + recall) or 1)",
+          "(precision + recall) / 2",
+          f"{METRICS}::test_boundary_f1_counted_by_hand"),
+    Fault("support/metrics.py", "boundary precision and recall have each other's divisor",
+          "predicted_hit / max(predicted, 1), true_hit / max(true, 1)",
+          "predicted_hit / max(true, 1), true_hit / max(predicted, 1)",
+          f"{METRICS}::test_boundary_precision_and_recall_have_their_own_divisors"),
+    Fault("support/metrics.py", "what is predicted clutter counts nowhere either",
+          "dropped[clutter] = 0  #",
+          "dropped[clutter] = dropped[:, clutter] = 0  #",
+          f"{METRICS}::test_conventions_by_hand"),
+    Fault("support/metrics.py", "GeoSeg's padding is predicted class 0",
+          "padded[0] += _array(padding)",
+          "padded[:, 0] += _array(padding)",
+          f"{METRICS}::test_geosegs_padding_counts_as_class_0"),
+    Fault("support/metrics.py", "mmsegmentation's last crop is not moved back",
+          "max(0, min(start, length - crop)) for start",
+          "start for start",
+          f"{METRICS}::test_crops_by_hand"),
+    Fault("support/protocols.py", "GeoSeg's padding is below and to the right",
+          "piece[above:, left:] = image",
+          "piece[: height - above, : width - left] = image",
+          "support/test_protocols.py::test_the_padding_and_nothing_but_the_padding_is_counted"),
+    Fault("support/protocols.py", "eroded labels are scored as full ones",
+          "if scene.eroded is not scene.label:",
+          "if True:",
+          "support/test_protocols.py::test_only_eroded_labels"),
+    Fault("support/protocols.py", "a domain has its last scene alone",
+          "self.domains.get(scene.domain, 0) + matrix",
+          "matrix",
+          "support/test_protocols.py::test_scores_of_each_domain"),
+]
+# fmt: on
+
+# --- Inference ------------------------------------------------------------------------------------
+
+# fmt: off
+INFERENCE = [
+    Fault("infer.py", "weights do not add up to 1",
+          "ramp / total[start : start + window] for start",
+          "ramp / ramp.max() for start",
+          "test_infer.py::test_weights_sum_to_one_at_every_pixel_of_every_length"),
+    Fault("infer.py", "the last window does not reach the edge",
+          "starts = [*range(0, length - window, step), length - window]",
+          "starts = [*range(0, length - window + 1, step)]",
+          "test_infer.py::test_weights_sum_to_one_at_every_pixel_of_every_length"),
+    Fault("infer.py", "the row of windows before is forgotten",
+          "            blended[:, :shared] += pending\n",
+          "            pass\n",
+          "test_infer.py::test_windows_leave_no_trace"),
+    Fault("infer.py", "logits are upsampled with aligned corners",
+          'F.interpolate(logits, images.shape[-2:], mode="bilinear")',
+          'F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=True)',
+          "test_infer.py::test_low_resolution_logits_are_upsampled_in_place"),
+    Fault("infer.py", "a small tile is continued in black",
+          '((0, below), (0, right), (0, 0)), "symmetric")',
+          "((0, below), (0, right), (0, 0)))",
+          "test_infer.py::test_a_small_tile_is_mirrored"),
+    Fault("infer.py", "an orientation is turned back the wrong way",
+          "np.rot90(p, -quarter, axes=(1, 2))",
+          "np.rot90(p, quarter, axes=(1, 2))",
+          "test_infer.py::test_with_every_orientation_none_is_special"),
+    Fault("infer.py", "an orientation is not flipped back",
+          "probabilities(model, turned[:, ::-1], device)[:, :, ::-1]",
+          "probabilities(model, turned[:, ::-1], device)",
+          "test_infer.py::test_with_every_orientation_none_is_special"),
+    Fault("infer.py", "the CNN is in best.pt",
+          '{"model": model.transformer.state_dict()}',
+          '{"model": model.state_dict()}',
+          "test_train.py::test_best_is_the_branch_and_nothing_else"),
+    Fault("infer.py", "best.pt is loaded in training mode",
+          "return transformer.eval()",
+          "return transformer",
+          "test_infer.py::test_what_is_loaded_is_what_was_saved"),
+    Fault("infer.py", "a submission counts classes from 1",
+          "Image.fromarray(labels).save",
+          "Image.fromarray(labels + 1).save",
+          "test_infer.py::test_the_submission"),
+    Fault("support/geotiff.py", "the coordinate system is lost",
+          "GEO_TAGS = (33550, 33922, 34264, 34735,",
+          "GEO_TAGS = (33550, 33922, 34264,",
+          "support/test_geotiff.py::test_tags_are_carried_with_their_types"),
+    Fault("support/geotiff.py", "the image's no-data value is copied",
+          "GEO_TAGS = (33550, 33922, 34264, 34735,",
+          "GEO_TAGS = (42113, 33550, 33922, 34264, 34735,",
+          "support/test_geotiff.py::test_tags_are_carried_with_their_types"),
+    Fault("support/geotiff.py", "the palette is red, green, blue by colour",
+          "257 * palette.T.ravel()",
+          "257 * palette.ravel()",
+          "support/test_geotiff.py::test_rows_come_back"),
+    Fault("support/geotiff.py", "the last strip is not written",
+          "        if len(self.waiting):\n            self.write_strip()\n",
+          "",
+          "support/test_geotiff.py::test_rows_come_back"),
+]
+# fmt: on
+
+# --- Checkpoints, and how a program ends ----------------------------------------------------------
+
+# fmt: off
+CHECKPOINTS = [
+    Fault("support/checkpoint.py", "a file is written straight to its final name",
+          """\
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+""",
+          """\
+    with open(path, "w+b") as file:
+        yield file
+""",
+          "support/test_checkpoint.py::test_a_failed_save_leaves_the_old_file"),
+    Fault("support/checkpoint.py", "a file is renamed before it is on the disk",
+          "            os.fsync(file.fileno())\n",
+          "",
+          "support/test_checkpoint.py::test_bytes_are_on_the_disk_before_the_name_is"),
+    Fault("support/checkpoint.py", "checksums are not compared",
+          "damaged = archive.testzip()",
+          "damaged = None",
+          "support/test_checkpoint.py::test_damage_is_noticed"),
+    Fault("support/checkpoint.py", "code in a file is run",
+          "weights_only=True)\n",
+          "weights_only=False)\n",
+          "support/test_checkpoint.py::test_code_in_a_file_is_not_run"),
+    Fault("support/checkpoint.py", "any checkpoint will do",
+          'if contents["kind"] != kind:',
+          "if False:",
+          "support/test_checkpoint.py::test_missing_and_other_kinds"),
+    Fault("support/checkpoint.py", "weights may be NaN",
+          'if name := not_finite(contents["model"]):',
+          "if name := None:",
+          "support/test_checkpoint.py::test_not_finite_weights_are_refused"),
+    Fault("support/cli.py", "bad input ends with 1",
+          "    sys.exit(2)\n",
+          "    sys.exit(1)\n",
+          "support/test_cli.py::test_how_a_run_ends"),
+    Fault("support/cli.py", "a second signal is remembered too",
+          "        signal.signal(number, signal.SIG_DFL)\n",
+          "",
+          "support/test_cli.py::test_a_stop_signal_is_remembered_and_a_second_one_acts"),
+]
+# fmt: on
+
+FAULTS = METHOD + LOOP + KERNELS + DATA + SCORES + INFERENCE + CHECKPOINTS
+
+
+# --- The program ----------------------------------------------------------------------------------
+
+
+def copy_files(folder: Path) -> Path:
+    """The clone's files, without what git ignores."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).exists():  # not deleted since the last commit
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+def run_tests(folder: Path, node_ids: list[str], jobs: int) -> tuple[int | None, str]:
+    """pytest's exit code, None if it took too long, and what it printed."""
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    # Two versions of a file may have one size and one second: compiled code would be the old one's.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": threads}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *node_ids]
+    with tempfile.TemporaryFile("w+") as log:
+        try:
+            streams = {"stdout": log, "stderr": log}
+            code = subprocess.run(
+                command, cwd=folder, env=environment, timeout=TIMEOUT, **streams
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        log.seek(0)
+        return code, log.read()
+
+
+def check_unplanted(folders: list[Path], node_ids: list[str]) -> None:
+    """Each test once, shared among the folders; ends the program unless all pass."""
+    jobs = len(folders)
+    shares = [node_ids[job::jobs] for job in range(min(jobs, len(node_ids)))]
+    with ThreadPoolExecutor(jobs) as pool:
+        for code, printed in pool.map(run_tests, folders, shares, [jobs] * jobs):
+            if code != 0:
+                print(printed[-4000:])
+                sys.exit("the tests must pass before a fault is planted")
+
+
+def try_fault(fault: Fault, free: Queue, jobs: int) -> tuple[str, float, str]:
+    """The verdict, seconds, and what pytest printed."""
+    folder, begin = free.get(), time.perf_counter()
+    path = folder / fault.file
+    whole = path.read_text()
+    path.write_text(fault.planted(whole))
+    try:
+        code, printed = run_tests(folder, fault.node_ids(), jobs)
+    finally:
+        path.write_text(whole)
+        free.put(folder)
+    return VERDICTS.get(code, "BROKEN"), time.perf_counter() - begin, printed
+
+
+def plant_all(faults: list[Fault], folders: list[Path]) -> int:
+    """Plant each fault, print its verdict -> how many were caught."""
+    begin, caught, jobs, free = time.perf_counter(), 0, len(folders), Queue()
+    for folder in folders:
+        free.put(folder)
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        running = {pool.submit(try_fault, fault, free, jobs): fault for fault in faults}
+        for done, future in enumerate(as_completed(running), 1):
+            verdict, seconds, printed = future.result()
+            caught += verdict == "caught"
+            left = (time.perf_counter() - begin) / done * (len(faults) - done)
+            line = f"{verdict}  {running[future]}"
+            print(f"{line:90} {seconds:5.1f} s   {duration(left)} left", flush=True)
+            if verdict == "BROKEN":
+                print(printed[-2000:], flush=True)
+    finally:  # Ctrl-C ends it after the tests that run
+        pool.shutdown(cancel_futures=True)
+    return caught
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="text in the file or the name of a fault")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
+    options = parser.parse_args()
+    faults = [fault for fault in FAULTS if options.only in str(fault)]
+    for fault in faults:
+        fault.planted((ROOT / fault.file).read_text())  # a text that has changed is known at once
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [copy_files(Path(scratch, str(job))) for job in range(options.jobs)]
+        node_ids = sorted({node_id for fault in faults for node_id in fault.node_ids()})
+        print(f"{len(faults)} faults; their {len(node_ids)} tests without a fault", flush=True)
+        check_unplanted(folders, node_ids)
+        caught = plant_all(faults, folders)
+    print(f"{len(faults)} planted, {caught} caught")
+    return int(caught != len(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
