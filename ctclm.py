@@ -43,7 +43,8 @@ class Variant(NamedTuple):
     head_width: int
 
 
-# b0, b1, b2 are the published MiT sizes (Xie et al., 2021, table 6), so that public weights fit.
+# b0, b1, b2 are the published MiT sizes (Xie et al., 2021, table 6), so that public weights would
+# fit.
 # We chose `tiny` for a laptop's CPU, and the same channels and depths for the CNN.
 VARIANTS = {
     "tiny": Variant((32, 64, 96, 128), (1, 2, 3, 4), (1, 1, 2, 1), 96),
@@ -55,7 +56,7 @@ KEY_REDUCTION = (8, 4, 2, 1)  # stride of the keys' convolution: M = N / r^2
 
 
 class Normalise(nn.Module):
-    """Images 0..255 -> about zero mean and unit variance, inside the model so nobody can forget.
+    """Images 0..255 -> about zero mean and unit variance, in the model so that nobody forgets it.
 
     ImageNet's statistics for red, green and blue, as in every peer also where infrared comes first
     (IRRG); a fourth band (infrared) takes their mean.
@@ -90,9 +91,10 @@ class MultiScaleConv(nn.Module):
 
     b0 = DW3(x);   b = b0 + DW5(b0) + DW7(b0) + DW9(b0) + DW11(b0)
 
-    The branches are linear in the same input, so their sum is one 11x11 convolution whose kernel is
-    the sum of theirs, zero-padded; the identity is a delta. It is computed once, in training too:
-    the gradient reaches each kernel through the sum, and each keeps its own initialisation.
+    The parallel convolutions are linear in the same input, so their sum is one 11x11 convolution.
+    Its kernel is the sum of theirs, zero-padded; the identity is a delta. It is computed once, in
+    training too: the gradient reaches each kernel through the sum, and each keeps its own
+    initialisation.
     """
 
     SIZES = (5, 7, 9, 11)
@@ -115,7 +117,7 @@ class MultiScaleConv(nn.Module):
         return kernel
 
     def forward_separately(self, x: Tensor) -> Tensor:
-        """What `forward` must equal: the branches one by one."""
+        """What `forward` must equal: the convolutions one by one."""
         b0 = self.local(x)
         return b0 + sum(branch(b0) for branch in self.branches)
 
@@ -341,7 +343,7 @@ class Head(nn.Module):
 class Projector(nn.Sequential):
     """One branch's features of one stage -> the shared space, (B, shared_dim, H_s, W_s).
 
-    The abstract names the shared space and no more. We chose a 1x1 convolution and a normalisation
+    The abstract only names the shared space. We chose a 1x1 convolution and a normalisation
     of each dimension to unit variance over the batch: neither a constant nor a shrinking projection
     can then satisfy the alignment. It is not deployed, so batch statistics do no harm.
     """
@@ -452,11 +454,12 @@ class CTCLM(nn.Module):
         return list(zip(cnn, transformer, strict=True))
 
     def objective(self, output: Output, labels: Tensor, ramp: float = 1.0) -> Losses:
-        """L = CE_t + CE_c + ramp (align + region + transfer) + decorrelation, each with its weight.
+        """L = CE_t + CE_c + ramp (align + region + transfer) + covariance penalty, each weighted.
 
         labels (B, H, W) integer, 0..K-1 or ignore_index. `ramp` in [0, 1] holds the collaboration
         back while neither branch knows anything yet (see `ramp_up`). The cross entropies are not
-        ramped. Nor is the decorrelation: it must be there before the alignment is.
+        ramped. Nor is the covariance penalty (the field `decorrelation`), which must act before
+        the alignment does.
         """
         c = self.config
         loss = collaborative_loss(
@@ -489,10 +492,10 @@ class CTCLM(nn.Module):
     def alignment(self, output: Output, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The shared space's three terms, in float32: align, region, decorrelation.
 
-        Early stages carry local detail, and each branch has some of it. So both branches move:
-        1/2 [d(h_t, sg h_c) + d(h_c, sg h_t)] with d = 1 - cosine. Late stages carry meaning. There,
-        in each region (a position of the grid), only the branch with the higher mean cross entropy
-        moves. Positions without a valid pixel do not count.
+        At stages 1 and 2 both branches hold useful detail, so both move:
+        1/2 [d(h_t, sg h_c) + d(h_c, sg h_t)] with d = 1 - cosine. At stages 3 and 4 features are
+        semantic. There, in each region (one position of the grid), only the branch with the higher
+        mean cross entropy moves. Positions without a valid pixel do not count.
         """
         align = region = decorrelation = torch.zeros((), device=labels.device)
         if not self.config.align:

@@ -16,10 +16,9 @@ publishers pack them (support/layouts.py). `folder` is anyone's own data:
 There is no patching step: windows are cut from whole scenes. Labels are uint8, and 255 is ignored.
 A pixel that has no class is an error, or it is ignored and reported. It never becomes class 0.
 
-Window k of step s is a pure function of (seed, rank, s, k). So the step number is the whole state
-of the data: there is no sampler to save and no worker to seed, and a resumed run continues with the
-same windows. The paper's abstract names Potsdam and LoveDA but says nothing about windows or
-augmentation. Both are our choice.
+Window k of step s depends on nothing but (seed, rank, s, k). So there is no sampler to save and no
+worker to seed, and a resumed run continues with the same windows. The abstract names Potsdam and
+LoveDA but says nothing about windows or augmentation. Both are our choice.
 
 A fraction `rare_class_fraction` of the windows is drawn around a pixel of a rare class. A class is
 rare when it has less than half the pixels it would have if all classes had the same number: of

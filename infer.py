@@ -13,10 +13,10 @@ From Python:
 
 An image of any size is cut into overlapping windows. Each axis has weights that rise and fall
 linearly across an overlap and add up to exactly 1 at every pixel, so blending needs no second pass.
-`predict` walks down the scene, reads the rows of one row of windows at a time, and yields rows as
-soon as nothing can change them. Memory depends on the scene's width and not on its height. The
-windows decide the result; how the file is stored does not. The map of a TIFF is a TIFF at the same
-place on the ground.
+`predict` walks down the scene, reads the rows of one row of windows at a time, and yields rows once
+no later window can change them. Memory depends on the scene's width and not on its height. The
+result depends on the windows, not on how the file is stored. The map of a TIFF is a TIFF with the
+same georeference.
 
 Letters: B batch, C channels, H W pixels, K classes.
 """
@@ -101,7 +101,7 @@ def load_transformer(path: Path) -> Transformer:
 
 # --- A whole scene, window by window --------------------------------------------------------------
 
-STRIDE = 32  # of the deepest stage: tiles are mirrored up to a multiple, their logits cut back
+STRIDE = 32  # of the deepest stage: windows are mirrored up to a multiple, their logits cropped
 
 
 def axis_windows(length: int, window: int, overlap: float) -> tuple[list[int], np.ndarray]:
@@ -161,23 +161,23 @@ def predict(
         yield top, blended[:, : following - top]
 
 
-def probabilities(model, tile: np.ndarray, device, tta: bool = False) -> np.ndarray:
-    """softmax(logits) of one tile (H, W, C) at its own size, (K, H, W) float32.
+def probabilities(model, pixels: np.ndarray, device, tta: bool = False) -> np.ndarray:
+    """softmax(logits) of one window (H, W, C) at its own size, (K, H, W) float32.
 
     With `tta` the mean over flips and quarter turns: seen from above, no orientation is special.
     """
     if tta:
         total = 0
         for quarter in range(4):
-            turned = np.rot90(tile, quarter)
+            turned = np.rot90(pixels, quarter)
             p = probabilities(model, turned, device)
             p = p + probabilities(model, turned[:, ::-1], device)[:, :, ::-1]
             total = total + np.rot90(p, -quarter, axes=(1, 2))
         return total / np.float32(8)
-    H, W = tile.shape[:2]
+    H, W = pixels.shape[:2]
     below, right = -H % STRIDE, -W % STRIDE
-    tile = np.pad(tile, ((0, below), (0, right), (0, 0)), "symmetric")
-    images = torch.from_numpy(tile).to(device).permute(2, 0, 1)[None].float()
+    pixels = np.pad(pixels, ((0, below), (0, right), (0, 0)), "symmetric")
+    images = torch.from_numpy(pixels).to(device).permute(2, 0, 1)[None].float()
     logits = model(images).float()
     if logits.shape[-2:] != images.shape[-2:]:
         logits = F.interpolate(logits, images.shape[-2:], mode="bilinear")
@@ -382,7 +382,7 @@ def load_scenes(model, config: Config, split: str) -> Dataset:
 
 
 def score(model, config: Config, options: dict) -> None:
-    """Print the scores, with --tta twice; metrics.json has them all."""
+    """Print the scores, two tables with --tta; metrics.json has them all."""
     split = config.split or "val"
     dataset = load_scenes(model, config, split)
     if any(scene.label is None for scene in dataset.scenes):
@@ -418,7 +418,7 @@ def score(model, config: Config, options: dict) -> None:
 
 
 def submit(model, config: Config, options: dict) -> None:
-    """The test set's maps as the server wants them, believed only after reading the file back."""
+    """The test set's maps as the server wants them, verified by reading the file back."""
     dataset = load_scenes(model, config, "test")
     expected = {f"{number}.png" for number in LOVEDA_TEST}
     sizes = {scene.path.name: scene.image.shape[:2] for scene in dataset.scenes}

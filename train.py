@@ -9,8 +9,8 @@ over training), last.pt (everything that is needed to go on) and best.pt (the Tr
 its best validation mIoU: this is what people pass on). Ctrl-C and SIGTERM finish the step, save,
 and exit.
 
-The step number is the whole state of the data, and there is no randomness in the model. So a
-resumed run ends in the same bits as one that was never stopped.
+The windows depend on the seed and the step alone, and there is no randomness in the model. So a
+resumed run gives the same result, bit for bit, as one that was never stopped.
 
 Letters: B batch, C channels, H W pixels, K classes.
 """
@@ -60,7 +60,7 @@ class Config:
     crop: int = cli.option(128, "side of a window in pixels, a multiple of 32")
     lr: float = cli.option(3e-3, "highest learning rate; warm-up, then cosine to zero")
     transfer: Literal[*TRANSFERS] = cli.option(
-        "selective", "who teaches whom; selective: at each pixel the branch that is right"
+        "selective", "who teaches whom; selective: weighted by the gate at each pixel"
     )
     align: Literal["on", "off"] = cli.option("on", "the shared representation space")
     encoder: Literal["multiscale", "plain"] = cli.option("multiscale", "the CNN's blocks")
@@ -99,8 +99,8 @@ REPORTS, REPORTS_PER_SAVE = 30, 5  # a run has at most 30 reports and saves 6 ti
 class Run:
     """One training run: a model, the windows it sees, and what has happened so far.
 
-    The model is a CTCLM, or anything else with its `branches`, `projectors`, `config` and
-    `objective`: the controls of experiments/settings.py train in the same loop.
+    The model is a CTCLM, or anything else with its `config`, `branches`, `projectors`,
+    `shared_space` and `objective`: the controls of experiments/settings.py use the same loop.
     """
 
     def __init__(self, config: Config, model: nn.Module, windows: Windows, val_set: Dataset):
@@ -139,7 +139,7 @@ class Run:
         return Losses(*(term.detach() for term in losses))
 
     def clip_gradients(self, largest: float = 1.0) -> None:
-        """To a norm of `largest` for each branch by itself: one's spike must not slow the other."""
+        """To a norm of `largest`, each part by itself: a spike in one does not slow the others."""
         parts = self.model.branches | {"projectors": self.model.projectors}
         for name, part in parts.items():
             if not (parameters := list(part.parameters())):
@@ -164,7 +164,7 @@ class Run:
     def fit(self) -> None:
         """Train from self.step to the end; report, validate, save. A stop signal saves first."""
         steps = self.config.steps
-        report_every = math.ceil(steps / REPORTS)  # up, so that no report is of a few steps
+        report_every = math.ceil(steps / REPORTS)  # up: no report covers only a few steps
         save_every = report_every * REPORTS_PER_SAVE  # multiples, so that a report is at hand
         validate_every = report_every * max(1, REPORTS // self.config.validations)
         threads = 1 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)

@@ -10,8 +10,8 @@ that was interrupted goes on, so the same command goes on with the table. Each s
 its own (--labelled-from), so the intervals cover the choice of labels too. All settings of a seed
 see the same windows in the same order and start with the same Transformer. In (13) alone the
 learning rate differs, by a ten-thousandth. (14) is no run: it averages the probabilities of a
-Transformer and a CNN that never met, which is about what one could learn from the other. (15) does
-to the Transformer what (8) does, without a CNN beside it.
+Transformer and a CNN that were trained apart, which is about what one could learn from the other.
+(15) does to the Transformer what (8) does, without a CNN beside it.
 
 The model of the last step is scored once, on the test split (val where there is no test split):
 nothing is selected on it. --results also gets table.md and differences.png.

@@ -212,7 +212,7 @@ def shared_space(sheet: Sheet) -> None:
     early = Box(left + 10, SPACE_TOP + 40, middle - 6, SPACE_BOTTOM - 40)
     late = Box(middle + 6, early.top, right - 10, early.bottom)
     for box, rows in (
-        (early, ["align stages 1, 2", "both ways,", "everywhere"]),
+        (early, ["align stages 1, 2", "both ways, at all", "labelled positions"]),
         (late, ["align stages 3, 4", "to the better branch", "of each region"]),
     ):
         sheet.box(box, PAPER, GREY)

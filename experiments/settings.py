@@ -3,8 +3,8 @@
     model = SETTINGS["full"].build(ModelConfig(variant="tiny"))         # for train.Run
     scenes = few_labels(dataset, first=2, count=1, side=192)            # for data.Windows
 
-A control is what is left when something is taken away or put in its place: one branch alone, a
-second Transformer instead of the CNN, a CNN that no longer learns, few labels. None of them is part
+A control removes or replaces one part of the method: one branch alone, a second Transformer instead
+of the CNN, a CNN that no longer learns, few labels. None of them is part
 of the method, so ctclm.py and train.py know nothing of them. A model of its own here has what
 train.Run asks of CTCLM: `config`, `branches`, `projectors`, `shared_space` and `objective`.
 
@@ -48,8 +48,8 @@ class OneOutput(NamedTuple):
 class OneBranch(nn.Module):
     """A Transformer or a CNN that learns from the labels alone.
 
-    With `config.align` the covariance penalty of the shared space acts on its projections: all of
-    the alignment that needs no other branch.
+    With `config.align` the covariance penalty acts on its projections, and nothing else of the
+    shared space does: alignment needs a second branch.
     """
 
     def __init__(self, config: ModelConfig, name: str):
@@ -149,7 +149,7 @@ class Setting(NamedTuple):
 
 
 def both(**changes) -> Callable[[ModelConfig], CTCLM]:
-    """The method, but for some fields of its configuration."""
+    """The method with some fields of its configuration changed."""
     return lambda config: CTCLM(replace(config, **changes))
 
 
