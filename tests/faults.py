@@ -9,9 +9,9 @@ or could have: in the method, the kernels, the data's way, the scores, inference
 Nothing is planted in this clone: the files are copied to a scratch folder first. There the tests
 are run once without a fault, then with each of them.
 
-To add a fault, add a line to FAULTS: the file, what the bug is, the text before (which must occur
-exactly once in the file), the text after, and the tests that must fail, as narrow as possible. If
-no test fails, write that test.
+To add a fault, add it to the list of its part: the file, what the bug is, the text before (which
+must occur exactly once in the file), the text after, and the tests that must fail, as narrow as
+possible. If no test fails, write that test.
 
 A fault is caught when pytest ends with 1, tests failed. If the tests cannot even be collected the
 fault is BROKEN: it shows nothing about them. pytest does not collect this file.
