@@ -10,7 +10,8 @@ that do not reach the matrix units.
 
 Block sizes come from the functions that the launches ask. A build is one of these for one dtype;
 "ragged" has sizes that are no multiple of anything. Of the loss there are a usual and the largest
-K, with the transfer that does most; what is left out of these takes less of everything.
+K, with the transfer that does most. What is left out takes less: K = 16 at T = 2, ragged, has 217
+registers where T = 1 has 225, and compiles for a minute.
 """
 
 import argparse
@@ -113,7 +114,7 @@ def loss_builds() -> list[Build]:
     types = {f"{name}_ptr": "*bf16" for name in logits}
     types |= {"labels_ptr": "*i64", "sums_ptr": "*fp32", "scale_ptr": "*fp32", "kappa": "fp32"}
     found = []
-    for K, T, ragged in ((7, 1.0, False), (16, 1.0, False), (16, 2.0, True)):
+    for K, T, ragged in ((7, 1.0, False), (7, 2.0, True), (16, 1.0, False)):
         constants = {"K": K, "T": T, "ROWS": CELL_ROWS}
         forward = constants | {"LANES": FORWARD_LANES}
         forward |= dict(zip(("CT_CONSTANT", "CT_SLOPE"), to_transformer, strict=True))
