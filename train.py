@@ -146,7 +146,7 @@ class Run:
                 continue  # no shared space
             if not nn.utils.clip_grad_norm_(parameters, largest).isfinite():
                 raise DivergedError(
-                    f"the {name}'s gradient is not finite at step {self.step} (windows "
+                    f"the gradient of the {name} is not finite at step {self.step} (windows "
                     f"0..{self.config.batch - 1} of that step, seed {self.config.seed}); the "
                     f"weights were left as they are in last.pt; try a lower --lr"
                 )
