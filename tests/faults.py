@@ -1,8 +1,8 @@
 """Do the tests notice? Small faults, planted one at a time; a test must catch each.
 
-    python -m tests.faults                      # all of them, about 10 minutes
+    python -m tests.faults                      # all of them, about 20 minutes
     python -m tests.faults --only metrics       # those whose file or name contains the text
-    python -m tests.faults --jobs 2             # two at a time
+    python -m tests.faults --jobs 2             # two at a time, about 10 minutes on 2 cores
 
 A green test says little until it has been seen red. Each fault here is a bug that somebody shipped
 or could have: in the method, the kernels, the data's way, the scores, inference, the checkpoints.
