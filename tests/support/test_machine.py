@@ -31,9 +31,11 @@ import resource, torch
 from support.machine import keep_freed_memory
 keep_freed_memory()
 torch.ones(2**24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(2**24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(min(faults() for _ in range(5)))  # a system short of memory may take pages back
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert int(process.stdout) < 2**26 // 4096 / 10, process.stderr  # of its 16,384 pages
