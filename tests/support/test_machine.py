@@ -25,17 +25,16 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
 def test_large_blocks_stay_with_the_process():
-    """In a process of its own: freed and asked for again, 64 MB cost hardly a page fault."""
+    """In a process of its own: 64 MB, freed and asked for again, soon cost hardly a page fault."""
     code = """
 import resource, torch
 from support.machine import keep_freed_memory
 keep_freed_memory()
-torch.ones(2**24)
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(min(faults() for _ in range(5)))  # a system short of memory may take pages back
+print(sorted(faults() for _ in range(20))[5])  # the heap grows a few times before blocks return
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert int(process.stdout) < 2**26 // 4096 / 10, process.stderr  # of its 16,384 pages
