@@ -28,6 +28,12 @@ ERRORS = (DataError, CheckpointError)
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def without_interpreter(monkeypatch):
+    """Runs of their own processes would send every kernel through Triton's slow interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 @pytest.fixture
 def small(tmp_path, write_folder):
     """small(**options) -> a Config for cells of a second on 2 + 2 images of 96 x 64 pixels."""
@@ -112,6 +118,7 @@ def test_a_table_goes_on_where_it_stopped(small, program, capsys, monkeypatch):
     arguments = ["--data", "folder", "--root", config.root, "--steps", 2, "--batch", 2]
     arguments += ["--crop", 32, "--labelled", 1, "--labelled-from", 0, 1, 0, 1, "--device", "cpu"]
     arguments += ["--labelled-side", 0, "--results", config.results, "--out", config.out]
+    arguments += ["--jobs", 2]
     settings = ["--settings", "transformer", "frozen", "full"]
     assert program(ablation.main, ERRORS, *arguments, *settings, "--seeds", 1) == (0, "")
     found = read_cells(config.results / "cells.csv")
@@ -259,16 +266,17 @@ def test_crop_is_where_the_boundaries_are():
     assert (top.stop, left.stop) == (200, 300) and top.stop - top.start == ablation.CROP
 
 
-def test_bad_options_get_one_sentence(program, tmp_path):
+def test_bad_options_get_one_sentence(program, tmp_path, small):
     code, error = program(ablation.main, ERRORS, "--settings", "fulll")
     assert code == 2 and "there is no fulll; the settings are transformer" in error
     code, error = program(ablation.main, ERRORS, "--seeds", 99)
     assert code == 2 and "--seeds 1 to 20" in error
     code, error = program(ablation.main, ERRORS, "--labelled", -1)
     assert code == 2 and "--labelled must be at least 0" in error
-    few = ["--labelled", 2, "--labelled-from", 23, "--seeds", 1, "--results", tmp_path / "r"]
-    code, error = program(ablation.main, ERRORS, *few, "--out", tmp_path / "o")
-    assert code == 2 and "--labelled 2 --labelled-from 23, but there are 24 training" in error
+    few = ["--data", "folder", "--root", small().root, "--labelled", 2, "--labelled-from", 1]
+    few += ["--seeds", 1, "--results", tmp_path / "r", "--out", tmp_path / "o"]
+    code, error = program(ablation.main, ERRORS, *few)
+    assert code == 2 and "--labelled 2 --labelled-from 1, but there are 2 training" in error
 
 
 def test_the_handler_of_sigterm_is_what_it_was(small, program):
