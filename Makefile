@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 DEMO   := runs/demo
 RUFF   := 0.17.6
 
-.PHONY: demo test test-slow test-others lint clean
+.PHONY: demo test lint clean
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12")'
@@ -25,17 +25,8 @@ demo: $(VENV)/ready
 	@echo "  $(PY) infer.py $(DEMO)/best.pt YOUR.tif --out $(DEMO)/maps"
 	@echo "  $(PY) train.py --data folder --root YOUR_DATA --out runs/mine"
 
-# Two halves side by side, a thread each: what compiles and starts programs, and everything else.
-SLOW := tests/experiments tests/test_notebooks.py
-
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 test-slow test-others
-
-test-slow: $(VENV)/ready
-	$(PY) -m pytest $(SLOW)
-
-test-others: $(VENV)/ready
-	$(PY) -m pytest $(SLOW:%=--ignore=%)
+	$(PY) -m pytest
 
 $(VENV)/bin/ruff: $(VENV)/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check ruff==$(RUFF)
