@@ -20,7 +20,8 @@ import os
 import re
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,10 +182,16 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", printed)}
 
 
+def compile_one(arch: int, index: int) -> Compiled:
+    return compile_for(builds(arch)[index], arch)
+
+
 def compile_all(archs=tuple(SHARED_MEMORY)) -> list[Compiled]:
-    work = [(build, arch) for arch in archs for build in builds(arch)]
-    with ThreadPoolExecutor(os.cpu_count()) as executor:
-        return list(executor.map(lambda pair: compile_for(*pair), work))
+    """In processes: a good part of compiling is Python, of which threads run one at a time."""
+    work = [(arch, index) for arch in archs for index in range(len(builds(arch)))]
+    context = get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context) as executor:
+        return list(executor.map(compile_one, *zip(*work, strict=True)))
 
 
 def table(found: list[Compiled]) -> str:
