@@ -1,20 +1,29 @@
 """Depthwise 11 x 11 convolution: the four scales of MultiScaleConv at once, and both gradients.
 
-    y[b,c,i,j]   = sum_{u,v} x[b, c, i+u-5, j+v-5] k[c,u,v]         u, v = 0..10, zero outside x
-    dx           = the same sum of dy with the kernel turned round, k[c, 10-u, 10-v]
-    dk[c,u,v]    = sum_{b,i,j} dy[b,c,i,j] x[b, c, i+u-5, j+v-5]
+    y[b,c,i,j]   = sum_{u,v} x[b,c,i+u-5,j+v-5] k[c,u,v]          u, v = 0..10, zero outside x
+    dx           = the same sum of dy with the kernel turned round, k[c,10-u,10-v]
+    dk[c,u,v]    = sum_{b,i,j} dy[b,c,i,j] x[b,c,i+u-5,j+v-5]
 
 The specification is one line of PyTorch, `multiscale_convolution_reference`; on a CPU it is also
-what runs. On a GPU PyTorch's depthwise convolutions take a hundred times as long as reading and
-writing once: they load 121 inputs for each output. Here each lane has one channel and keeps a
-window of the image in registers, so that a loaded number takes part in up to 100 products.
+what runs. On a GPU PyTorch's depthwise kernels take a hundred times as long as it takes to read and
+write once: each output loads 121 inputs. Here a channel's convolution becomes a product of
+matrices. A strip of COLUMNS outputs depends on COLUMNS + 10 inputs of a row through a band of the
+kernel's numbers, T_u[w, j] = k[u, w - j]:
 
-Work: 121 multiply-adds for each of the B C H W outputs, once forward, twice backward; they are
-exact in float32, whatever the input's type, and outnumber the bytes 60 to 1. Traffic: x and y once
-forward; x, dy and dx backward, and float32 partial sums of dk. Tensors are channels-last, in and
-out, as the model's other convolutions want them.
+    Y_i = sum_u X_{i+u-5} T_u         Y (strips, COLUMNS), X (strips, WINDOW), T (WINDOW, COLUMNS)
+    dk[u, v] = the sum along the diagonal w - j = v of sum_i dY_i^T X_{i+u-5}
 
-Letters: B batch, C channels, H W pixels. A NaN reaches the 11 x 11 outputs around it and no other.
+Half of T is zeros and a sixth of the window lies idle, but the units that multiply matrices are
+fifteen times as fast as the others. A program walks down the rows of its strips, and each row is
+read once: the eleven output rows that an input row takes part in are held in registers and move up
+by one with every row.
+
+Work: 121 multiply-adds for each of the B C H W outputs, 32 x 11 with the zeros, once forward and
+twice backward. Traffic: x and y once forward; dy three times, x twice and dx once backward.
+Tensors are channels-last, in and out, as the model's other convolutions want them.
+
+Letters: B batch, C channels, H W pixels. A NaN or infinity makes a NaN of all that its row of 32
+inputs takes part in: up to 11 rows of the strips of outputs around it, and no other channel.
 """
 
 from __future__ import annotations  # tl.constexpr must not be looked up where Triton is missing
@@ -44,7 +53,7 @@ def multiscale_convolution(x: Tensor, kernel: Tensor) -> Tensor:
         )
     if torch.is_autocast_enabled(x.device.type):  # as F.conv2d does
         x, kernel = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, kernel))
-    same = x.dtype == kernel.dtype != torch.float64
+    same = x.dtype == kernel.dtype and x.dtype in DTYPES
     if use_triton(x, same and x.shape[1] % 16 == 0 and x.numel() > 0):
         return fused_convolution(x, kernel)
     return multiscale_convolution_reference(x, kernel)
@@ -52,167 +61,189 @@ def multiscale_convolution(x: Tensor, kernel: Tensor) -> Tensor:
 
 # --- The kernels ---------------------------------------------------------------------------------
 
-ROWS, COLUMNS = 4, 8  # of outputs for each lane
-KERNEL_ROWS = 4  # of dk for each lane: three programs have all eleven
-WARPS = 4
-
-
-@jit
-def load_row(row_ptr, inside, column, W, C: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT neighbouring pixels of a row of (W, C), zero outside: a tuple of (GROUPS, CHANNELS)."""
-    row = ()
-    for j in tl.static_range(COUNT):
-        here = inside & (column + j >= 0) & (column + j < W)
-        pixel = tl.load(row_ptr + j * C, mask=here[:, None], other=0.0)
-        row = row + (pixel.to(tl.float32),)
-    return row
+DTYPES = torch.bfloat16, torch.float16  # float32 products of this size would spill registers
+CHANNELS = 8  # of a program, a warp for each
+COLUMNS = 16  # outputs of a strip: what a matrix instruction has
+WINDOW = 32  # inputs of a strip, COLUMNS + 10, to a power of two
+STRIPS = 16  # of a program
+PROGRAMS = 132  # at least; a large GPU has as many processors, and each holds one
+KERNEL_ROWS = 6  # of dk in a program: two programs have all eleven, one would spill registers
 
 
 @jit
 def convolution_kernel(
     x_ptr,  # (B, H, W, C)
-    kernel_ptr,  # (11, 11, C) float32
+    taps_ptr,  # (121, C)
     y_ptr,  # (B, H, W, C)
     B,
     H,
     W,
-    C: tl.constexpr,
+    C,
+    LENGTH,
     TURNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    STRIPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
-    """GROUPS tiles of ROWS x COLUMNS outputs of CHANNELS channels, a tile and a channel to a lane.
+    """LENGTH rows of STRIPS strips of outputs, COLUMNS wide.
 
-    Row u of the kernel needs ROWS rows of x, of which the last is new: each is loaded once.
+    `sums` are the output rows i - 5 .. i + 5 while row i of x is added to them.
     """
-    tile = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    strip = tl.program_id(0) * STRIPS + tl.arange(0, STRIPS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    across, down = tl.cdiv(W, COLUMNS), tl.cdiv(H, ROWS)
-    column = tile % across * COLUMNS
-    row = tile // across % down * ROWS
-    image = tile // (across * down)
-    first = (image.to(tl.int64) * H + row) * W + column  # of the tile's outputs, in pixels
-    row_ptr = x_ptr + ((first - 5 * W - 5) * C)[:, None] + channel[None, :]
-    SPAN: tl.constexpr = COLUMNS + 10
-    window = ()
-    for r in tl.static_range(ROWS - 1):
-        inside = (image < B) & (row + r >= 5) & (row + r < H + 5)
-        window = window + load_row(row_ptr, inside, column - 5, W, C, SPAN)
-        row_ptr += W * C
+    start = tl.program_id(2) * LENGTH
+    column = strip % tl.cdiv(W, COLUMNS) * COLUMNS
+    image = strip // tl.cdiv(W, COLUMNS)
+
+    w, j = tl.arange(0, WINDOW), tl.arange(0, COLUMNS)
+    v = w[:, None] - j[None, :]
+    bands = ()
+    for u in tl.static_range(11):
+        tap = (10 - u) * 11 + 10 - v if TURNED else u * 11 + v
+        at = taps_ptr + tap[None, :, :] * C + channel[:, None, None]
+        bands = bands + (tl.load(at, mask=((v >= 0) & (v < 11))[None, :, :], other=0.0),)
+
+    at = column[:, None] + w[None, :] - 5
+    x_inside = (image < B)[:, None] & (w < COLUMNS + 10)[None, :] & (at >= 0) & (at < W)
+    pixel = (image.to(tl.int64) * H + start - 5)[:, None] * W + at
+    x_row = x_ptr + pixel[:, :, None] * C + channel[None, None, :]
+    at = column[:, None] + j[None, :]
+    y_inside = (image < B)[:, None] & (at < W)
+    pixel = (image.to(tl.int64) * H + start - 10)[:, None] * W + at
+    y_row = y_ptr + pixel[:, :, None] * C + channel[None, None, :]
+
     sums = ()
-    for _ in tl.static_range(ROWS * COLUMNS):
-        sums = sums + (tl.zeros((GROUPS, CHANNELS), tl.float32),)
-    for u in tl.range(0, 11, loop_unroll_factor=UNROLL):
-        i = row + u + ROWS - 6  # of the new row in x
-        inside = (image < B) & (i >= 0) & (i < H)
-        window = window + load_row(row_ptr, inside, column - 5, W, C, SPAN)
-        row_ptr += W * C
-        weights = ()
-        for v in tl.static_range(11):
-            at = (10 - u) * 11 + 10 - v if TURNED else u * 11 + v
-            weights = weights + (tl.load(kernel_ptr + at * C + channel)[None, :],)
-        added = ()
-        for r in tl.static_range(ROWS):
-            for j in tl.static_range(COLUMNS):
-                total = sums[r * COLUMNS + j]
-                for v in tl.static_range(11):
-                    total += window[r * SPAN + j + v] * weights[v]
-                added = added + (total,)
-        sums = added
-        window = window[SPAN:]
-    out_ptr = y_ptr + (first * C)[:, None] + channel[None, :]
-    for r in tl.static_range(ROWS):
-        for j in tl.static_range(COLUMNS):
-            inside = (image < B) & (row + r < H) & (column + j < W)
-            tl.store(out_ptr + j * C, sums[r * COLUMNS + j], mask=inside[:, None])
-        out_ptr += W * C
+    for _ in tl.static_range(11):
+        sums = sums + (tl.zeros((CHANNELS, STRIPS, COLUMNS), tl.float32),)
+    x = tl.load(x_row, mask=x_inside[:, :, None] & (start >= 5), other=0.0)
+    for s in range(LENGTH + 10):
+        row = tl.permute(x, (2, 0, 1))
+        x_row += W * C
+        i = start + s - 4  # the next row, read while this one is multiplied
+        more = (i >= 0) & (i < H) & (s < LENGTH + 9)
+        x = tl.load(x_row, mask=x_inside[:, :, None] & more, other=0.0)
+        # From the last to the first, so that a sum can move into registers that are free already.
+        done = tl.dot(row, bands[10], sums[10], input_precision="ieee")
+        inside = y_inside & (s >= 10) & (start + s - 10 < H)
+        y = tl.permute(done.to(y_ptr.dtype.element_ty), (1, 2, 0))
+        tl.store(y_row, y, mask=inside[:, :, None])
+        y_row += W * C
+        moved = ()
+        for k in tl.static_range(10):
+            u = 9 - k
+            moved = (tl.dot(row, bands[u], sums[u], input_precision="ieee"),) + moved
+        sums = (tl.zeros((CHANNELS, STRIPS, COLUMNS), tl.float32),) + moved
 
 
 @jit
 def kernel_gradient_kernel(
     x_ptr,  # (B, H, W, C)
     dy_ptr,  # (B, H, W, C)
-    partial_ptr,  # (parts, 11, 11, C) float32
+    partial_ptr,  # (parts, C, 121) float32
     B,
     H,
     W,
-    LENGTH,  # rows of x in a part
-    C: tl.constexpr,
+    C,
+    LENGTH,
     KERNEL_ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    STRIPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
-    """KERNEL_ROWS rows of dk, from GROUPS strips of LENGTH rows and COLUMNS columns.
+    """KERNEL_ROWS rows of dk, from LENGTH rows of x in STRIPS strips.
 
     Row i of x meets row i + 5 - u of dy for each row u of dk: a window of KERNEL_ROWS rows of dy
-    moves down with i, and each is loaded once.
+    moves down with i.
     """
-    strip = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    strip = tl.program_id(0) * STRIPS + tl.arange(0, STRIPS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    u = tl.program_id(2) * KERNEL_ROWS  # the first
-    across, down = tl.cdiv(W, COLUMNS), tl.cdiv(H, LENGTH)
-    column = strip % across * COLUMNS
-    row = strip // across % down * LENGTH
-    image = strip // (across * down)
-    first = (image.to(tl.int64) * H + row) * W + column
-    x_row = x_ptr + ((first - 5) * C)[:, None] + channel[None, :]
-    dy_row = dy_ptr + ((first + (6 - u - KERNEL_ROWS) * W) * C)[:, None] + channel[None, :]
+    HALVES: tl.constexpr = (10 + KERNEL_ROWS) // KERNEL_ROWS
+    first = tl.program_id(2) % HALVES * KERNEL_ROWS  # row of dk
+    piece = tl.program_id(2) // HALVES
+    start = piece * LENGTH
+    column = strip % tl.cdiv(W, COLUMNS) * COLUMNS
+    image = strip // tl.cdiv(W, COLUMNS)
+
+    w, j = tl.arange(0, WINDOW), tl.arange(0, COLUMNS)
+    at = column[:, None] + w[None, :] - 5
+    x_inside = (image < B)[:, None] & (w < COLUMNS + 10)[None, :] & (at >= 0) & (at < W)
+    pixel = (image.to(tl.int64) * H + start)[:, None] * W + at
+    x_row = x_ptr + pixel[:, :, None] * C + channel[None, None, :]
+    at = column[:, None] + j[None, :]
+    dy_inside = (image < B)[:, None] & (at < W)
+    i = start + 6 - first - KERNEL_ROWS  # the first row of dy
+    pixel = (image.to(tl.int64) * H + i)[:, None] * W + at
+    dy_row = dy_ptr + pixel[:, :, None] * C + channel[None, None, :]
+
+    # A product with the identity leaves each row of dy as the products below want it: without this
+    # the compiler passes all KERNEL_ROWS of them through shared memory again for each row of x.
+    p = tl.arange(0, STRIPS)
+    same = (p[:, None] == p[None, :])[None, :, :] & (channel >= 0)[:, None, None]
+    identity = tl.where(same, 1.0, 0.0).to(dy_ptr.dtype.element_ty)
+
     window = ()
-    for k in tl.static_range(KERNEL_ROWS - 1):
-        i = row + k + 6 - u - KERNEL_ROWS
-        inside = (image < B) & (i >= 0) & (i < H)
-        window = window + load_row(dy_row, inside, column, W, C, COLUMNS)
+    dy = tl.load(dy_row, mask=dy_inside[:, :, None] & (i >= 0) & (i < H), other=0.0)
+    for _ in tl.static_range(KERNEL_ROWS - 1):
+        row = tl.dot(tl.permute(dy, (2, 1, 0)), identity, input_precision="ieee")
+        window = window + (row.to(dy.dtype),)
         dy_row += W * C
+        i += 1
+        dy = tl.load(dy_row, mask=dy_inside[:, :, None] & (i >= 0) & (i < H), other=0.0)
     sums = ()
-    for _ in tl.static_range(KERNEL_ROWS * 11):
-        sums = sums + (tl.zeros((GROUPS, CHANNELS), tl.float32),)
-    for s in tl.range(0, LENGTH, loop_unroll_factor=UNROLL):
-        i = row + s + 5 - u
-        inside = (image < B) & (i >= 0) & (i < H)
-        window = window + load_row(dy_row, inside, column, W, C, COLUMNS)
-        dy_row += W * C
-        x = load_row(x_row, (image < B) & (row + s < H), column - 5, W, C, COLUMNS + 10)
+    for _ in tl.static_range(KERNEL_ROWS):
+        sums = sums + (tl.zeros((CHANNELS, COLUMNS, WINDOW), tl.float32),)
+    x = tl.load(x_row, mask=x_inside[:, :, None], other=0.0)
+    for s in range(LENGTH):
+        x_now = tl.permute(x, (2, 0, 1))  # (CHANNELS, STRIPS, WINDOW)
+        row = tl.dot(tl.permute(dy, (2, 1, 0)), identity, input_precision="ieee")
+        window = window + (row.to(dy.dtype),)  # (CHANNELS, COLUMNS, STRIPS) each
         x_row += W * C
+        dy_row += W * C
+        i += 1
+        more = s + 1 < LENGTH
+        inside = x_inside & (start + s + 1 < H) & more
+        x = tl.load(x_row, mask=inside[:, :, None], other=0.0)
+        inside = dy_inside & (i >= 0) & (i < H) & more
+        dy = tl.load(dy_row, mask=inside[:, :, None], other=0.0)
         added = ()
-        for k in tl.static_range(KERNEL_ROWS):  # of dk, from its first: dy from its last
-            for v in tl.static_range(11):
-                total = sums[k * 11 + v]
-                for j in tl.static_range(COLUMNS):
-                    total += window[(KERNEL_ROWS - 1 - k) * COLUMNS + j] * x[j + v]
-                added = added + (total,)
+        for u in tl.static_range(KERNEL_ROWS):
+            dy_of_u = window[KERNEL_ROWS - 1 - u]
+            added = added + (tl.dot(dy_of_u, x_now, sums[u], input_precision="ieee"),)
         sums = added
-        window = window[COLUMNS:]
-    partial_ptr += (tl.program_id(0) * 121 + u * 11) * C + channel
-    for k in tl.static_range(KERNEL_ROWS):
-        for v in tl.static_range(11):
-            total = tl.sum(sums[k * 11 + v], 0)
-            if u + k < 11:
-                tl.store(partial_ptr + (k * 11 + v) * C, total)
+        window = window[1:]
+
+    # dk[v] = sum_j sums[j, j + v]; v = 11..15 fill up the power of two.
+    v = tl.arange(0, 16)
+    diagonal = j[None, :, None] + v[None, None, :] + 0 * channel[:, None, None]
+    pieces = tl.num_programs(2) // HALVES
+    part = tl.program_id(0).to(tl.int64) * pieces + piece
+    at = partial_ptr + (part * C + channel[:, None]) * 121 + v[None, :]
+    for u in tl.static_range(KERNEL_ROWS):
+        total = tl.sum(tl.gather(sums[u], diagonal, 2), 1)  # (CHANNELS, 16)
+        inside = (v < 11)[None, :] & (first + u < 11)
+        tl.store(at + (first + u) * 11, total, mask=inside)
 
 
 @jit
 def sum_kernel(
-    partial_ptr,  # (parts, 121, C) float32
-    dk_ptr,  # (C, 121)
+    partial_ptr,  # (parts, N) float32
+    dk_ptr,  # (N,)
     parts,
-    C: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    N,
     PARTS: tl.constexpr,  # read at a time
+    LANES: tl.constexpr,
 ):
     """Adds up the parts, in the same order each time."""
-    tap = tl.program_id(0)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    n = tl.program_id(0) * LANES + tl.arange(0, LANES)
     part = tl.arange(0, PARTS)
-    total = tl.zeros((PARTS, CHANNELS), tl.float32)
+    total = tl.zeros((PARTS, LANES), tl.float32)
     for start in range(0, parts, PARTS):
-        at = ((start + part) * 121 + tap)[:, None] * C + channel[None, :]
-        total += tl.load(partial_ptr + at, mask=(start + part < parts)[:, None], other=0.0)
-    tl.store(dk_ptr + channel * 121 + tap, tl.sum(total, 0))
+        at = (start + part).to(tl.int64)[:, None] * N + n[None, :]
+        inside = (start + part < parts)[:, None] & (n < N)[None, :]
+        total += tl.load(partial_ptr + at, mask=inside, other=0.0)
+    tl.store(dk_ptr + n, tl.sum(total, 0), mask=n < N)
 
 
 # --- What PyTorch sees ---------------------------------------------------------------------------
@@ -234,42 +265,44 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def taps_first(kernel: Tensor) -> Tensor:
-    """(C, 1, 11, 11) -> (121, C) float32: neighbouring lanes read neighbouring channels."""
-    C = kernel.shape[0]
-    return kernel.new_empty(121, C, dtype=torch.float32).copy_(kernel.reshape(C, 121).t())
+    """(C, 1, 11, 11) -> (121, C): a program reads the numbers of its channels side by side."""
+    return kernel.reshape(kernel.shape[0], 121).t().contiguous()
 
 
-def lanes(C: int) -> tuple[int, int]:
-    """Tiles and channels of a program."""
-    channels = min(32, C & -C)  # the largest power of two that divides C
-    return 32 * WARPS // channels, channels
+def rows_per_program(programs: int, H: int) -> int:
+    """The most rows, a power of two, that still leave PROGRAMS; `programs` have all H."""
+    length = triton.next_power_of_2(H)
+    while length > 8 and programs * triton.cdiv(H, length) < PROGRAMS:
+        length //= 2
+    return length
 
 
 def convolve(x: Tensor, taps: Tensor, turned: bool) -> Tensor:
     B, C, H, W = x.shape
-    groups, channels = lanes(C)
-    tiles = B * triton.cdiv(H, ROWS) * triton.cdiv(W, COLUMNS)
+    strips = triton.cdiv(B * triton.cdiv(W, COLUMNS), STRIPS)
+    length = rows_per_program(strips * C // CHANNELS, H)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     with on_device_of(x):
-        convolution_kernel[triton.cdiv(tiles, groups), C // channels](
-            x, taps, y, B, H, W, C, turned, ROWS, COLUMNS, groups, channels, 1, num_warps=WARPS
-        )
+        convolution_kernel[strips, C // CHANNELS, triton.cdiv(H, length)](
+            x, taps, y, B, H, W, C, length, turned, CHANNELS, STRIPS, COLUMNS, WINDOW,
+            num_warps=CHANNELS, num_stages=1,
+        )  # fmt: skip
     return y
 
 
 def kernel_gradient(x: Tensor, dy: Tensor) -> Tensor:
     B, C, H, W = x.shape
-    groups, channels = lanes(C)
-    length = min(H, 32)
-    parts = triton.cdiv(B * triton.cdiv(H, length) * triton.cdiv(W, COLUMNS), groups)
-    partial = x.new_empty(parts, 121, C, dtype=torch.float32)
+    strips, halves = triton.cdiv(B * triton.cdiv(W, COLUMNS), STRIPS), triton.cdiv(11, KERNEL_ROWS)
+    length = rows_per_program(strips * C // CHANNELS * halves, H)
+    pieces = triton.cdiv(H, length)
+    partial = x.new_empty(strips * pieces, C, 121, dtype=torch.float32)
     dk = x.new_empty(C, 1, 11, 11)
     with on_device_of(x):
-        kernel_gradient_kernel[parts, C // channels, triton.cdiv(11, KERNEL_ROWS)](
-            x, dy, partial, B, H, W, length, C, KERNEL_ROWS, COLUMNS, groups, channels, 1,
-            num_warps=WARPS,
+        kernel_gradient_kernel[strips, C // CHANNELS, pieces * halves](
+            x, dy, partial, B, H, W, C, length, KERNEL_ROWS, CHANNELS, STRIPS, COLUMNS, WINDOW,
+            num_warps=CHANNELS, num_stages=1,
         )  # fmt: skip
-        sum_kernel[121, C // channels](partial, dk, parts, C, channels, 32, num_warps=4)
+        sum_kernel[triton.cdiv(C * 121, 128),](partial, dk, len(partial), C * 121, 16, 128)
     return dk
 
 
