@@ -130,9 +130,9 @@ def convolution_kernel(
         tl.store(y_row, y, mask=inside[:, :, None])
         y_row += W * C
         moved = ()
-        for k in tl.static_range(10):
-            u = 9 - k
-            moved = (tl.dot(row, bands[u], sums[u], input_precision="ieee"),) + moved
+        for k in tl.static_range(1, 11):
+            added = tl.dot(row, bands[10 - k], sums[10 - k], input_precision="ieee")
+            moved = (added,) + moved
         sums = (tl.zeros((CHANNELS, STRIPS, COLUMNS), tl.float32),) + moved
 
 
