@@ -53,12 +53,14 @@ def test_shapes_that_do_not_fit(x, kernel):
 
 
 @pytest.fixture
-def float32_too(device, monkeypatch):
-    """The interpreter computes float32 as well; and 16 channels to a program are half as many
-    programs."""
-    if device.type == "cpu":
-        monkeypatch.setattr(module, "DTYPES", (torch.float16, torch.float32))
-        monkeypatch.setattr(module, "CHANNELS", 16)
+def low(device, monkeypatch):
+    """The dtype to test in. The interpreter computes float32 as well, and faster than float16; and
+    16 channels to a program are half as many programs."""
+    if device.type == "cuda":
+        return torch.float16
+    monkeypatch.setattr(module, "DTYPES", (torch.float16, torch.float32))
+    monkeypatch.setattr(module, "CHANNELS", 16)
+    return torch.float32
 
 
 def results(function, inputs, upstream):
@@ -79,10 +81,6 @@ def assert_no_worse(inputs, no_worse):
     return ours
 
 
-LOW = [torch.float32, torch.float16]
-
-
-@pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize(
     "B, C, H, W",
     [
@@ -91,17 +89,19 @@ LOW = [torch.float32, torch.float16]
         (1, 32, 1, 1),
     ],
 )
-def test_kernels_are_no_worse(B, C, H, W, dtype, device, float32_too, no_worse):
-    if device.type == "cuda" and dtype == torch.float32:
-        pytest.skip("float32 runs in PyTorch on a GPU")
-    inputs = [x.to(device) for x in random_inputs(B, C, H, W, dtype)]
+def test_kernels_are_no_worse(B, C, H, W, device, low, no_worse):
+    inputs = [x.to(device) for x in random_inputs(B, C, H, W, low)]
     for result in assert_no_worse(inputs, no_worse)[:2]:
         assert result.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_kernels_in_float16(device, low, no_worse):
+    assert_no_worse([x.to(device) for x in random_inputs(1, 16, 3, 18, torch.float16)], no_worse)
+
+
 @pytest.mark.parametrize("layout", ["channels last", "every second column", "turned"])
-def test_kernels_with_any_strides(layout, device, float32_too, no_worse):
-    x, kernel = (t.to(device) for t in random_inputs(1, 16, 3, 4, torch.float16))
+def test_kernels_with_any_strides(layout, device, low, no_worse):
+    x, kernel = (t.to(device) for t in random_inputs(1, 16, 3, 4, low))
     if layout == "channels last":
         x = x.contiguous(memory_format=torch.channels_last)
     elif layout == "every second column":
@@ -118,16 +118,16 @@ def test_the_last_sum_of_many_parts(device):
     torch.testing.assert_close(dk.double(), partial.double().sum(0), rtol=1e-5, atol=1e-5)
 
 
-def test_a_nan_stays_near(device, float32_too):
+def test_a_nan_stays_near(device, low):
     """It may take its strip of 16 columns along and the strips beside, for 11 rows; no more."""
-    x, kernel = (t.to(device) for t in random_inputs(1, 16, 14, 49, torch.float16))
+    x, kernel = (t.to(device) for t in random_inputs(1, 16, 8, 49, low))
     with force("triton"):
         clean = multiscale_convolution(x, kernel)
-        x[0, 3, 1, 20] = torch.nan
+        x[0, 3, 0, 20] = torch.nan
         y = multiscale_convolution(x, kernel)
     spoiled = y.isnan()
-    assert spoiled[0, 3, :7, 15:26].all()  # as in PyTorch
-    assert not spoiled[0, 3, 7:].any() and not spoiled[0, 3, :, 48:].any()
+    assert spoiled[0, 3, :6, 15:26].all()  # as in PyTorch
+    assert not spoiled[0, 3, 6:].any() and not spoiled[0, 3, :, 48:].any()
     assert not spoiled[0, :3].any() and not spoiled[0, 4:].any()
     assert torch.equal(y[~spoiled], clean[~spoiled])
 
@@ -144,8 +144,8 @@ def test_rows_of_a_program(programs, H):
     assert length >= H or programs * -(-H // (2 * length)) < module.PROGRAMS
 
 
-def test_kernels_twice_the_same_bits(device, float32_too):
-    inputs = [x.to(device) for x in random_inputs(2, 16, 9, 3, torch.float16)]
+def test_kernels_twice_the_same_bits(device, low):
+    inputs = [x.to(device) for x in random_inputs(1, 16, 2, 3, low)]
     upstream = torch.randn(inputs[0].shape).to(inputs[0])
     with force("triton"):
         one, two = (results(multiscale_convolution, inputs, upstream) for _ in "12")
@@ -153,11 +153,11 @@ def test_kernels_twice_the_same_bits(device, float32_too):
         assert torch.equal(a, b)
 
 
-def test_registered_with_pytorch(device, float32_too):
+def test_registered_with_pytorch(device, low):
     """Fake tensors, autograd and schema agree with what the operations do."""
     # Without "test_aot_dispatch_dynamic": the interpreter wants numbers for sizes.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    inputs = [t.to(device).requires_grad_() for t in random_inputs(1, 16, 2, 3, torch.float16)]
+    inputs = [t.to(device).requires_grad_() for t in random_inputs(1, 16, 2, 3, low)]
     with force("triton"):
         torch.library.opcheck(module.fused_convolution, inputs, test_utils=checks)
         x, kernel = (t.detach() for t in inputs)
@@ -165,8 +165,8 @@ def test_registered_with_pytorch(device, float32_too):
         torch.library.opcheck(module.fused_convolution_backward, arguments, test_utils=checks)
 
 
-def test_kernels_compile_as_one_graph(device, float32_too):
-    inputs = [t.to(device) for t in random_inputs(1, 16, 2, 3, torch.float16)]
+def test_kernels_compile_as_one_graph(device, low):
+    inputs = [t.to(device) for t in random_inputs(1, 16, 2, 3, low)]
     compiled = torch.compile(multiscale_convolution, fullgraph=True, backend="aot_eager")
     upstream = torch.randn(inputs[0].shape).to(inputs[0])
     with force("triton"):
@@ -176,8 +176,8 @@ def test_kernels_compile_as_one_graph(device, float32_too):
         assert torch.equal(a, b)
 
 
-def test_kernels_refuse_a_second_derivative(device, float32_too):
-    inputs = [t.to(device).requires_grad_() for t in random_inputs(1, 16, 1, 1, torch.float16)]
+def test_kernels_refuse_a_second_derivative(device, low):
+    inputs = [t.to(device).requires_grad_() for t in random_inputs(1, 16, 1, 1, low)]
     with force("triton"):
         out = multiscale_convolution(*inputs).sum()
         (grad,) = torch.autograd.grad(out, inputs[0], create_graph=True)
@@ -186,14 +186,14 @@ def test_kernels_refuse_a_second_derivative(device, float32_too):
 
 
 @pytest.mark.parametrize("path", ["pytorch", "triton"])
-def test_autocast_lowers_the_precision(path, device, float32_too):
+def test_autocast_lowers_the_precision(path, device, low):
     """As F.conv2d does; float16, which the interpreter can multiply."""
     x, kernel = (t.to(device) for t in random_inputs(1, 16, 2, 3))
     with force(path), torch.autocast(device.type, torch.float16):
         result = multiscale_convolution(x, kernel)
-        low = multiscale_convolution(x.half(), kernel.half())
+        wanted = multiscale_convolution(x.half(), kernel.half())
         assert F.conv2d(x, kernel, padding=5, groups=16).dtype == result.dtype == torch.float16
-    assert torch.equal(result, low)
+    assert torch.equal(result, wanted)
 
 
 def test_what_no_kernel_can_do(device):
