@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import attention, collaborative_loss
+from kernels import attention, collaborative_loss, upsample
 from kernels.distill import TRANSFERS
 
 SMALLEST_IMAGE = 32  # stage 4 has stride 32, and stage 1 reduces keys by 8 at stride 4
@@ -336,7 +336,7 @@ class Head(nn.Module):
     def forward(self, features: list[Tensor]) -> Tensor:
         size = features[0].shape[-2:]
         levels = [project(x) for project, x in zip(self.project, features, strict=True)]
-        levels[1:] = [F.interpolate(x, size, mode="bilinear") for x in levels[1:]]
+        levels[1:] = [upsample(x, size) for x in levels[1:]]
         return self.classify(F.relu(self.norm(sum(levels))))  # (B, K, H/4, W/4)
 
 

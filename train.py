@@ -26,13 +26,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ctclm import CTCLM, SMALLEST_IMAGE, Losses, ModelConfig, ramp_up
 from data import DATA_SETS, Dataset, Scene, Windows, default_rare_class_fraction, load, prefetch
 from infer import About, evaluate, save_transformer
-from kernels import gate
+from kernels import gate, upsample
 from kernels.distill import TRANSFERS
 from support import checkpoint, cli, diagnostics, machine, pictures
 from support.labels import MAX_UNKNOWN
@@ -393,7 +392,7 @@ def opinions(output, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Classes of the CNN and of the Transformer, the gate, and labels, (B, H, W) each."""
     logits = output.cnn_logits.float(), output.transformer_logits.float()
     size = labels.shape[1:]
-    cnn, transformer = (F.interpolate(z, size, mode="bilinear").argmax(1) for z in logits)
+    cnn, transformer = (upsample(z, size).argmax(1) for z in logits)
     return cnn, transformer, gate(*logits, labels), labels
 
 

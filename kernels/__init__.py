@@ -1,6 +1,6 @@
-"""The two operations that CTCLM spends its time in, each beside the PyTorch lines it must equal.
+"""The operations that CTCLM spends its time in, each beside the PyTorch lines it must equal.
 
-    from kernels import attention, collaborative_loss
+    from kernels import attention, collaborative_loss, upsample
 
 The model imports these names only and never asks what hardware there is: choose.py has the one
 rule. `force("pytorch")` and `force("triton")` override it. `python -m experiments.bench` measures.
@@ -9,5 +9,6 @@ rule. `force("pytorch")` and `force("triton")` override it. `python -m experimen
 from kernels.attention import attention
 from kernels.choose import force
 from kernels.distill import CollaborativeLoss, collaborative_loss, gate
+from kernels.upsample import upsample
 
-__all__ = ["CollaborativeLoss", "attention", "collaborative_loss", "force", "gate"]
+__all__ = ["CollaborativeLoss", "attention", "collaborative_loss", "force", "gate", "upsample"]
