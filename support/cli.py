@@ -74,6 +74,19 @@ def parse(config_class, arguments: list[str], description: str = ""):
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
+def require_same(options: dict, before: dict, what: str, go_on: str) -> None:
+    """UsageError unless `before` has these options: "{what} with --lr 1, not 2; {go_on} with ..."""
+    for key, value in options.items():
+        require(
+            key in before,
+            f"{what} by a version without {flag(key)}; {go_on} with that version",
+        )
+        require(
+            before[key] == value,
+            f"{what} with {flag(key)} {before[key]}, not {value}; {go_on} with the same options",
+        )
+
+
 # The outside world's failures that a sentence explains better than a traceback.
 ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
 
