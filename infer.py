@@ -185,18 +185,21 @@ def probabilities(model, windows: Tensor, tta: bool = False) -> Tensor:
             total = total + p.rot90(-quarter, (2, 3))
         return total / 8
     H, W = windows.shape[1:3]
-    rows, columns = mirrored(H, windows.device), mirrored(W, windows.device)
-    images = windows.index_select(1, rows).index_select(2, columns).permute(0, 3, 1, 2).float()
+    images = mirrored(windows).permute(0, 3, 1, 2).float()
     logits = model(images).float()
     if logits.shape[-2:] != images.shape[-2:]:
         logits = upsample(logits, images.shape[-2:])
     return logits.softmax(dim=1)[:, :, :H, :W]
 
 
-def mirrored(length: int, device: torch.device) -> Tensor:
-    """Positions 0, 1, ..., length - 1, length - 1, ..., 0, 0, 1, ... up to a multiple of STRIDE."""
-    i = torch.arange(length + -length % STRIDE, device=device) % (2 * length)
-    return torch.minimum(i, 2 * length - 1 - i)
+def mirrored(windows: Tensor) -> Tensor:
+    """Windows (B, H, W, C), continued by their mirror images up to a multiple of STRIDE."""
+    for axis in (1, 2):
+        length = windows.shape[axis]
+        if beyond := -length % STRIDE:
+            i = torch.arange(length + beyond, device=windows.device) % (2 * length)
+            windows = windows.index_select(axis, torch.minimum(i, 2 * length - 1 - i))
+    return windows.contiguous()
 
 
 # --- Scores ---------------------------------------------------------------------------------------
@@ -315,10 +318,8 @@ def write_maps(model, config: Config, options: dict) -> None:
     for path in config.images:  # all of them, before the first hour of work
         check_bands(model, config, open_rows(path).shape[2], path)
     if model.about.bands != "rgb":
-        print(
-            f"{config.checkpoint} was trained on {model.about.bands}: "
-            f"the images' bands are taken for these"
-        )
+        taken = "the images' bands are taken for these"
+        print(f"{config.checkpoint} was trained on {model.about.bands}: {taken}")
     cli.make_folder(out)
     for path in config.images:
         write_map(model, path, out, config.confidence, options)
