@@ -110,6 +110,8 @@ def kernel_errors(device: torch.device) -> list[str]:
 def checked(dtype, device) -> list[tuple[str, Callable, Callable, list[Tensor]]]:
     """(name, ours, reference, inputs) of each operation."""
     upsampled = [partial(f, size=(64, 96)) for f in (upsample, upsample_reference)]
+    kernel = torch.randn(16, 1, 11, 11, device=device).to(dtype) / 11
+    convolved = [*feature_maps(2, 16, 40, dtype, device)[:1], kernel]
     return [
         ("attention D=32", attention, attention_reference, qkv(2, 2, 500, 200, 32, dtype, device)),
         ("attention D=64", attention, attention_reference, qkv(2, 2, 300, 300, 64, dtype, device)),
@@ -118,6 +120,7 @@ def checked(dtype, device) -> list[tuple[str, Callable, Callable, list[Tensor]]]
             *losses(labels_for(2, 40, 72, 7, device)),
             logits(2, 7, 40, 72, dtype, device),
         ),
+        ("multiscale", getattr(kernels, "multiscale_convolution", depthwise), depthwise, convolved),
         ("upsample", *upsampled, feature_maps(2, 32, 16, dtype, device)[:1]),
     ]
 

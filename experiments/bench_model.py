@@ -32,15 +32,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import infer
 from ctclm import CTCLM, VARIANTS, ModelConfig, Transformer
 from experiments.settings import SETTINGS
-from experiments.timing import Rates, Table, attempt, step_median
+from experiments.timing import Rates, Table, attempt, release, step_median
 from support import diagnostics, toy
 from support.layouts import POTSDAM
+from support.machine import pick_device
 from train import Config, Run
 
 GPU_STEPS = [("b0", 16, 512), ("b2", 16, 512)]  # variant, B, side of the images
 CPU_STEPS = [("tiny", 8, 128)]
 PARTS = {"both branches": "full", "Transformer alone": "transformer"}  # the setting that trains it
 GPU_SCENE, CPU_SCENE = ("b0", 6000), ("tiny", 768)  # variant, side
+TWO_RUNS = 6  # steps; train.py replays from the fourth on
 SCENES = 3  # mapped after the first, which also starts everything up
 K = len(POTSDAM.names)
 
@@ -84,10 +86,9 @@ def our_run(setting: str, variant: str, batch, compiled: bool = False) -> Run:
     """A run of train.py whose windows are always the same."""
     B, _, side, _ = batch[0].shape
     torch.manual_seed(0)
-    model = SETTINGS[setting].build(ModelConfig(variant=variant, num_classes=K))
-    config = Config(
-        variant=variant, batch=B, crop=side, lr=1e-4, **({"compile": True} if compiled else {})
-    )
+    with pick_device("auto"):  # made where it runs: initial weights take long on a CPU
+        model = SETTINGS[setting].build(ModelConfig(variant=variant, num_classes=K))
+    config = Config(variant=variant, batch=B, crop=side, lr=1e-4, compile=compiled)
     return Run(config, model, windows=None, val_set=None)
 
 
@@ -97,7 +98,8 @@ def our_step(setting: str, variant: str, batch, compiled: bool = False) -> Calla
 
 def peer_step(variant: str, batch, device: torch.device, compiled: bool = False) -> Callable:
     torch.backends.cudnn.deterministic = False  # its users let cuDNN choose; train.Run does not
-    model = peer(variant).to(device).train()
+    with device:
+        model = peer(variant).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     forward = torch.compile(model) if compiled else model
@@ -128,11 +130,12 @@ def peer(variant: str) -> nn.Module:
 
 
 def add_two_runs(table: Table, what: str, variant: str, batch) -> None:
-    """How many tensors of the weights differ between two runs of five steps."""
+    """How many tensors of the weights differ between two runs of a few steps."""
     runs = []
     for _ in range(2):
+        release()
         run = our_run("full", variant, batch)
-        for _ in range(5):
+        for _ in range(TWO_RUNS):
             run.train_step(*batch)
         runs.append([p.detach().cpu() for p in run.model.parameters()])
     differ = sum(not torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -163,7 +166,8 @@ def bench_inference(table: Table, variant: str, sizes, on_gpu: bool, with_peer: 
 
 def inference(make: Callable, shape, dtype: torch.dtype, device: torch.device) -> Callable:
     torch.backends.cudnn.deterministic = False  # train.Run has set it
-    model = make().to(device, dtype).eval()
+    with device:
+        model = make().to(dtype).eval()
     images = torch.randint(256, shape, device=device).to(dtype)
 
     @torch.inference_mode()

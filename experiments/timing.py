@@ -9,6 +9,7 @@ has. Times are medians. On a GPU an operation runs in a CUDA graph, without what
 and whole programs run as users run them. On a CPU the contenders take turns, for its speed drifts.
 """
 
+import gc
 import statistics
 import sys
 import time
@@ -139,7 +140,6 @@ def medians(
     if device.type == "cuda":
         for name, make in makers.items():
             yield name, attempt(name, lambda make=make: timer(make()))
-            torch.cuda.empty_cache()
         return
     calls = {name: attempt(name, make) for name, make in makers.items()}
     times = {name: [] for name in makers}
@@ -162,6 +162,14 @@ def attempt(name: str, make: Callable):
         reason = (str(error).splitlines() or [""])[0]
         print(f"  {name}: {type(error).__name__}: {reason[:200]}", file=sys.stderr)
         return None
+    finally:
+        release()
+
+
+def release() -> None:
+    """Give back the GPU memory of whoever is gone, also of those that refer to themselves."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def graph_median(call: Callable) -> float:

@@ -62,6 +62,7 @@ def small(monkeypatch):
     monkeypatch.setattr(bench_model, "CPU_STEPS", [("tiny", 2, 32)])
     monkeypatch.setattr(bench_model, "CPU_SCENE", ("tiny", 64))
     monkeypatch.setattr(bench_model, "SCENES", 1)
+    monkeypatch.setattr(bench_model, "TWO_RUNS", 1)
     monkeypatch.setattr(timing, "CPU_REPEATS", 1)
 
 
