@@ -6,6 +6,7 @@ import os
 import struct
 import zlib
 from functools import cache
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -58,6 +59,15 @@ def without_triton():
     """The interpreter is slow: a test that wants the kernels says so by `force("triton")`."""
     with kernels.force("pytorch"):
         yield
+
+
+@pytest.fixture(scope="session")
+def towns():
+    """The first 30 toy scenes, read-only: a quarter of a second each, so they are made once."""
+    found = [toy.scene(seed) for seed in range(30)]
+    for array in chain.from_iterable(found):
+        array.flags.writeable = False
+    return found
 
 
 @pytest.fixture
