@@ -1,6 +1,6 @@
 """The operations that CTCLM spends its time in, each beside the PyTorch lines it must equal.
 
-    from kernels import attention, collaborative_loss, multiscale_convolution
+    from kernels import attention, collaborative_loss, layer_norm, multiscale_convolution, upsample
 
 The model imports these names only and never asks what hardware there is: choose.py has the one
 rule. `force("pytorch")` and `force("triton")` override it. `python -m experiments.bench` measures.
@@ -10,6 +10,8 @@ from kernels.attention import attention
 from kernels.choose import force
 from kernels.distill import CollaborativeLoss, collaborative_loss, gate
 from kernels.multiscale import multiscale_convolution
+from kernels.norm import layer_norm
+from kernels.upsample import upsample
 
 __all__ = [
     "CollaborativeLoss",
@@ -17,5 +19,7 @@ __all__ = [
     "collaborative_loss",
     "force",
     "gate",
+    "layer_norm",
     "multiscale_convolution",
+    "upsample",
 ]

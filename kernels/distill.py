@@ -28,12 +28,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.choose import use_triton
 from kernels.distill_rows import accumulation_dtype, rows_backward, rows_forward
 from kernels.distill_triton import channels_last, triton_backward, triton_forward
+from kernels.upsample import upsample_reference
 
 # Each transfer gives two weights at a pixel with gate r, of (CNN teaches, Transformer teaches).
 # A weight is constant + slope * r, written (constant, slope).
@@ -97,7 +97,7 @@ def collaborative_loss_reference(
 ) -> CollaborativeLoss:
     """The specification: what `collaborative_loss` must equal; for any upsampling factor."""
     valid = labels != ignore_index  # (B, H, W)
-    z_c, z_t = upsample(cnn_logits, labels), upsample(transformer_logits, labels)  # (B, K, H, W)
+    z_c, z_t = (at_label_size(z, labels) for z in (cnn_logits, transformer_logits))  # (B, K, H, W)
     target = labels.long().masked_fill(~valid, 0)
     maps = per_pixel(z_c, z_t, target, transfer, temperature, kappa)
     count = valid.sum().clamp(min=1)
@@ -146,10 +146,9 @@ def negative_log_likelihood(log_p: Tensor, target: Tensor) -> Tensor:
     return -log_p.gather(1, target[:, None]).squeeze(1)
 
 
-def upsample(logits: Tensor, labels: Tensor) -> Tensor:
+def at_label_size(logits: Tensor, labels: Tensor) -> Tensor:
     """Logits in at least float32, bilinearly at the labels' size."""
-    logits = logits.to(accumulation_dtype(logits))
-    return F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    return upsample_reference(logits.to(accumulation_dtype(logits)), labels.shape[-2:])
 
 
 @torch.no_grad()
@@ -164,8 +163,8 @@ def gate(
     """The gate r at every pixel, (B, H, W): near 1 where the CNN teaches, near 0 where the
     Transformer does, NaN where the label is ignored. For pictures and statistics."""
     target = labels.long().masked_fill(labels == ignore_index, 0)
-    l_c = cross_entropy(upsample(cnn_logits, labels), target)
-    l_t = cross_entropy(upsample(transformer_logits, labels), target)
+    l_c = cross_entropy(at_label_size(cnn_logits, labels), target)
+    l_t = cross_entropy(at_label_size(transformer_logits, labels), target)
     return torch.sigmoid((l_t - l_c) / kappa).masked_fill(labels == ignore_index, torch.nan)
 
 

@@ -9,11 +9,10 @@ Letters: B batch, K classes, h w the logits' size, R rows of W pixels in a chunk
 branches have the CNN first, as the arguments have.
 """
 
-from functools import lru_cache
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.upsample import interpolation_matrix
 
 CHUNK = 2**19  # numbers in the 2 x B x K x R x W logits of a chunk: about what a cache holds
 
@@ -21,13 +20,6 @@ CHUNK = 2**19  # numbers in the 2 x B x K x R x W logits of a chunk: about what 
 def accumulation_dtype(logits: Tensor) -> torch.dtype:
     """The loss is computed in float32, or in the logits' dtype where that is wider."""
     return torch.promote_types(logits.dtype, torch.float32)
-
-
-@lru_cache(16)
-def upsampling_matrix(n: int, dtype: torch.dtype) -> Tensor:
-    """Bilinear x4 along one axis as a matrix (4n, n): interpolate the identity."""
-    identity = torch.eye(n, dtype=dtype)
-    return F.interpolate(identity[None], scale_factor=4, mode="linear")[0].T.contiguous()
 
 
 def rows_forward(
@@ -41,7 +33,7 @@ def rows_forward(
     B, K, h, w = cnn_logits.shape
     dtype = accumulation_dtype(cnn_logits)
     logits = torch.stack((cnn_logits, transformer_logits)).to(dtype)  # (2, B, K, h, w)
-    A, C = upsampling_matrix(h, dtype), upsampling_matrix(w, dtype)  # (H, h), (W, w)
+    A, C = (interpolation_matrix(n, 4 * n, dtype, logits.device) for n in (h, w))  # (H, h), (W, w)
     gradients = logits.new_zeros(2, *logits.shape)
     sums = torch.zeros(6, dtype=torch.float64)
     step = max(1, CHUNK // max(1, 2 * B * K * 16 * w))  # rows of logits in a chunk

@@ -69,6 +69,7 @@ WINDOW = 32  # inputs of a strip, COLUMNS + 10, to a power of two
 STRIPS = 16  # of a program
 PROGRAMS = 132  # at least; a large GPU has as many processors, and each holds one
 KERNEL_ROWS = 6  # of dk in a program: two programs have all eleven, one would spill registers
+PARTS, SUM_LANES = 16, 128  # of a program that adds up the parts of dk
 
 
 @jit
@@ -303,7 +304,9 @@ def kernel_gradient(x: Tensor, dy: Tensor) -> Tensor:
             x, dy, partial, B, H, W, C, length, KERNEL_ROWS, CHANNELS, STRIPS, COLUMNS, WINDOW,
             num_warps=CHANNELS, num_stages=1,
         )  # fmt: skip
-        sum_kernel[triton.cdiv(C * 121, 128),](partial, dk, len(partial), C * 121, 16, 128)
+        sum_kernel[triton.cdiv(C * 121, SUM_LANES),](
+            partial, dk, len(partial), C * 121, PARTS, SUM_LANES
+        )
     return dk
 
 
