@@ -268,6 +268,7 @@ EVERY_TRANSFER = "kernels/test_distill.py::test_every_transfer_is_honoured"
 ON_CPU, ON_GPU = (f"{EVERY_TRANSFER}[selective-2.0-{path}]" for path in ("pytorch", "triton"))
 ROWS = "kernels/distill_rows.py"
 TRITON = "kernels/distill_triton.py"
+STATIC = "experiments/test_static.py"
 
 # fmt: off
 KERNELS = [
@@ -449,6 +450,18 @@ KERNELS = [
           "scale[1::2].contiguous(), weights[1], True)",
           "scale[1::2].contiguous(), weights[0], True)",
           ON_GPU),
+    Fault(ATTENTION, "a kernel is not the one that was compiled",
+          "delta = tl.sum(p * dp, 0)",
+          "delta = tl.sum(dp * p, 0)",
+          f"{STATIC}::test_every_build_is_there_and_of_todays_kernels"),
+    Fault("experiments/static.py", "a hash forgets the kernel",
+          "[build.kernel.fn.__name__, sources,",
+          "[build.kernel.fn.__name__,",
+          f"{STATIC}::test_a_hash_is_of_what_the_compiler_is_given"),
+    Fault("experiments/static.py", "a build whose kernel changed is taken over",
+          "if found[i] is None or found[i].source != source_hash(build)",
+          "if found[i] is None",
+          f"{STATIC}::test_only_what_changed_is_compiled_again"),
 ]
 # fmt: on
 
