@@ -51,6 +51,10 @@ from kernels.distill import TRANSFERS
 from kernels.distill_triton import BACKWARD_LANES, CELL_ROWS, FORWARD_LANES
 from kernels.distill_triton import backward_kernel as loss_backward
 from kernels.distill_triton import forward_kernel as loss_forward
+from kernels.norm import COLUMNS, PROGRAMS, tile_of
+from kernels.norm import backward_kernel as norm_backward
+from kernels.norm import forward_kernel as norm_forward
+from kernels.norm import sum_kernel as norm_sum
 
 # Bytes of shared memory that one program may have, by compute capability (CUDA C++ Programming
 # Guide, table "Technical Specifications per Compute Capability").
@@ -84,7 +88,7 @@ class Compiled(NamedTuple):
 
 
 def builds(arch: int) -> list[Build]:
-    return attention_builds(SHARED_MEMORY[arch]) + loss_builds(arch)
+    return attention_builds(SHARED_MEMORY[arch]) + loss_builds(arch) + norm_builds()
 
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # float16 compiles as bfloat16 does
@@ -144,6 +148,26 @@ def loss_builds(arch: int) -> list[Build]:
             name = f"loss backward K={K} T={T:g} {student}"
             found.append(Build(name, loss_backward, types, backward, 2, 3, ragged))
     return found
+
+
+def norm_builds() -> list[Build]:
+    """As under autocast: the stream of tokens in float32, what feeds a product in bfloat16. C = 160
+    is padded to 256; C = 1000 is the longest row in part, in float32 alone."""
+    found = []
+    for C, dtype in ((32, "bf16"), (160, "bf16"), (512, "bf16"), (1000, "fp32")):
+        tile = tile_of(C)
+        constants = {"C": C, "ROWS": tile.rows, "WIDTH": tile.width}
+        types = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "dx_ptr", "parts_ptr"), "*fp32")
+        types |= {"eps": "fp32", "y_ptr": f"*{dtype}", "dy_ptr": f"*{dtype}"}
+        for way, kernel, more in (
+            ("forward", norm_forward, {}),
+            ("backward", norm_backward, {"TILES": 8}),
+        ):
+            name = f"layer norm {way} {dtype} C={C}"
+            found.append(Build(name, kernel, types, constants | more, tile.warps, 3))
+    sums = dict.fromkeys(("parts_ptr", "dweight_ptr", "dbias_ptr"), "*fp32")
+    constants = {"PARTS": 2 * PROGRAMS, "COLUMNS": COLUMNS}
+    return [*found, Build("layer norm sum", norm_sum, sums, constants, 8, 3)]
 
 
 def sample() -> list[tuple[int, Build]]:
