@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import attention, collaborative_loss, upsample
+from kernels import attention, collaborative_loss, layer_norm, upsample
 from kernels.distill import TRANSFERS
 
 SMALLEST_IMAGE = 32  # stage 4 has stride 32, and stage 1 reduces keys by 8 at stride 4
@@ -201,6 +201,25 @@ def norm(channels: int) -> nn.GroupNorm:
 # --- The Transformer branch ---------------------------------------------------------------------
 
 
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm, computed by our kernel where there is one; (..., C) -> the same.
+
+    Under autocast PyTorch's returns float32 on a GPU. Here the result feeds only linear layers and
+    convolutions, which would cast it, so it comes in the autocast dtype at once. Not so where a
+    stage's stream of tokens begins (`stream=True`), to which the blocks add.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, stream: bool = False):
+        super().__init__(channels, eps)
+        self.stream = stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        device, dtype = x.device.type, None  # PyTorch's rule
+        if torch.is_autocast_enabled(device) and not self.stream:
+            dtype = torch.get_autocast_dtype(device)
+        return layer_norm(x, self.weight, self.bias, self.eps, dtype)
+
+
 class SpatialReductionAttention(nn.Module):
     """Multi-head attention whose keys and values live on a grid reduced by r in each direction."""
 
@@ -211,7 +230,7 @@ class SpatialReductionAttention(nn.Module):
         self.key_value = nn.Linear(channels, 2 * channels)
         if reduction > 1:
             self.reduce = nn.Conv2d(channels, channels, reduction, stride=reduction)
-            self.reduce_norm = nn.LayerNorm(channels)
+            self.reduce_norm = LayerNorm(channels)
         self.project = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
@@ -246,9 +265,9 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, channels: int, heads: int, reduction: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
+        self.norm1 = LayerNorm(channels, eps=1e-6)
         self.attention = SpatialReductionAttention(channels, heads, reduction)
-        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
+        self.norm2 = LayerNorm(channels, eps=1e-6)
         self.ffn = MixFFN(channels)
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
@@ -263,11 +282,11 @@ class TransformerStage(nn.Module):
         super().__init__()
         size, stride = (7, 4) if index == 0 else (3, 2)
         self.embed = nn.Conv2d(before, channels, size, stride=stride, padding=size // 2)
-        self.embed_norm = nn.LayerNorm(channels)
+        self.embed_norm = LayerNorm(channels, stream=True)
         self.blocks = nn.ModuleList(
             TransformerBlock(channels, heads, KEY_REDUCTION[index]) for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.norm = LayerNorm(channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
@@ -555,8 +574,10 @@ def directed_distances(h_c: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
     h_c is the teacher and detached; that of the second reaches h_c alone.
     """
 
+    h_c, h_t = F.normalize(h_c, dim=1), F.normalize(h_t, dim=1)
+
     def distance(student: Tensor, teacher: Tensor) -> Tensor:
-        return 1 - F.cosine_similarity(student, teacher.detach(), dim=1)[:, None]
+        return 1 - (student * teacher.detach()).sum(1, keepdim=True)
 
     return distance(student=h_t, teacher=h_c), distance(student=h_c, teacher=h_t)
 

@@ -15,7 +15,6 @@ resumed run gives the same result, bit for bit, as one that was never stopped.
 Letters: B batch, C channels, H W pixels, K classes.
 """
 
-import csv
 import math
 import os
 import sys
@@ -28,10 +27,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ctclm import CTCLM, SMALLEST_IMAGE, Losses, ModelConfig, ramp_up
+from ctclm import CTCLM, SMALLEST_IMAGE, Losses, ModelConfig, Output, ramp_up
 from data import DATA_SETS, Dataset, Scene, Windows, default_rare_class_fraction, load, prefetch
 from infer import About, evaluate, save_transformer
-from kernels import gate, upsample
+from kernels import force, gate, upsample
 from kernels.distill import TRANSFERS
 from support import checkpoint, cli, diagnostics, machine, pictures
 from support.labels import MAX_UNKNOWN
@@ -39,6 +38,7 @@ from support.layouts import BANDS, IGNORE
 from support.progress import Progress
 from support.protocols import table
 from support.raster import DataError
+from support.replay import Replayed
 
 
 @dataclass
@@ -68,6 +68,7 @@ class Config:
     resume: bool = cli.option(False, "continue the run in --out")
     seed: int = cli.option(0, "of initial weights and windows")
     precision: Literal["auto", "fp32", "bf16"] = cli.option("auto", "auto: bf16 on a GPU")
+    compile: bool = cli.option(False, "by torch.compile: minutes at the start, then faster steps")
     device: Literal["auto", "cpu", "cuda"] = cli.option("auto", "where to train")
 
     def __post_init__(self):
@@ -77,6 +78,8 @@ class Config:
         cli.require(self.crop % 32 == 0, f"--crop must be a multiple of 32; got {self.crop}")
         # A single position at stride 32 has no variance.
         cli.require(self.batch * self.crop**2 > 32**2, "--batch 1 needs --crop 64 or more")
+        # Said before the training scenes are made.
+        cli.require(self.data != "toy" or not self.val_tiles, "--data toy has no tiles to choose")
         for name in ("rare_class_fraction", "max_unknown"):
             value = getattr(self, name)
             is_share = value is None or 0 <= value <= 1
@@ -106,49 +109,80 @@ class Run:
         self.config, self.windows, self.val_set = config, windows, val_set
         self.device = machine.pick_device(config.device)
         self.model = model.to(self.device)
-        self.optimizer = make_optimizer(model, config.lr)
-        bf16 = {"auto": self.device.type == "cuda", "bf16": True, "fp32": False}[config.precision]
+        self.optimizer = make_optimizer(model, config.lr, on_gpu := self.device.type == "cuda")
+        bf16 = {"auto": on_gpu, "bf16": True, "fp32": False}[config.precision]
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
-        self.step = 0  # steps done
+        self.forward = torch.compile(self.loss) if config.compile else self.loss
+        self.one_update = Replayed(self.update) if on_gpu else self.update
+        torch.backends.cudnn.deterministic = True  # the same bits in every run
+        self.norms: list[torch.Tensor] = []  # of gradients since the last check
         self.log: list[dict] = []
         self.best: dict = {"miou": -1.0}  # the best validation scores of the deployed branch
-        self.seconds = 0.0  # of training so far, over all resumptions
+        self.step, self.seconds = 0, 0.0  # done so far, over all resumptions
 
     # --- One step ---
 
     def train_step(self, images: np.ndarray, labels: np.ndarray) -> Losses:
-        """Forward, objective, backward, clip, update. images (B, C, H, W), labels (B, H, W) uint8.
+        """One update by images (B, C, H, W) and labels (B, H, W), uint8 both -> its losses.
 
-        Raises DivergedError when a gradient is not finite; the weights are then as before.
+        On a GPU nothing waits for it: its gradients are looked at with the next `check_gradients`.
+        On a CPU they are here. DivergedError when one is not finite; weights are then as before.
         """
-        images = torch.from_numpy(images).to(self.device).float()  # 0..255
-        labels = torch.from_numpy(labels).to(self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+        inputs = (torch.from_numpy(images), torch.from_numpy(labels))
+        numbers = self.learning_rate(), ramp_up(self.step, self.config.steps)
+        if self.device.type == "cuda":  # a number in a graph is a tensor, or it is a constant
+            inputs = [x.pin_memory() for x in (*inputs, *map(torch.tensor, numbers))]
+        else:
+            inputs += numbers
+        self.last_output, losses, norms = self.one_update(*inputs)
+        self.last_labels, losses = inputs[1], Losses(*losses.clone())  # a replay overwrites them
+        self.norms.append(norms.clone())
+        self.step += 1
+        if self.device.type != "cuda":
+            self.check_gradients()
+        return losses
+
+    def update(self, images, labels, lr, ramp) -> tuple[Output, torch.Tensor, torch.Tensor]:
+        """Forward, objective, backward, clip, AdamW -> output, losses (9,), norms of gradients.
+
+        Reads nothing back: AdamW itself skips an update with a gradient that is not finite.
+        """
         with self.autocast:
-            output = self.model(images)
-            ramp = ramp_up(self.step, self.config.steps)
-            losses = self.model.objective(output, labels, ramp)
+            output, losses = self.forward(images.float(), labels, ramp)
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
-        self.clip_gradients()
+        norms = self.clip_gradients()
+        self.optimizer.found_inf = (~norms.isfinite().all()).float()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.step()
-        self.last_output, self.last_labels = output, labels
-        self.step += 1
-        return Losses(*(term.detach() for term in losses))
+        return output, torch.stack(losses).detach(), norms
 
-    def clip_gradients(self, largest: float = 1.0) -> None:
-        """To a norm of `largest`, each part by itself: a spike in one does not slow the others."""
+    def loss(self, images, labels, ramp) -> tuple[Output, Losses]:
+        output = self.model(images)
+        return output, self.model.objective(output, labels, ramp)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """What gradients are clipped for apart from each other: a spike in one slows no other."""
         parts = self.model.branches | {"projectors": self.model.projectors}
-        for name, part in parts.items():
-            if not (parameters := list(part.parameters())):
-                continue  # no shared space
-            if not nn.utils.clip_grad_norm_(parameters, largest).isfinite():
-                raise DivergedError(
-                    f"the gradient of the {name} is not finite at step {self.step} (windows "
-                    f"0..{self.config.batch - 1} of that step, seed {self.config.seed}); the "
-                    f"weights were left as they are in last.pt; try a lower --lr"
-                )
+        return {name: part for name, part in parts.items() if list(part.parameters())}
+
+    def clip_gradients(self, largest: float = 1.0) -> torch.Tensor:
+        """Each part's to a norm of `largest`; returns the norms before, (number of parts,)."""
+        norms = (nn.utils.clip_grad_norm_(p.parameters(), largest) for p in self.parts().values())
+        return torch.stack([*norms])
+
+    def check_gradients(self) -> None:
+        """DivergedError for the first step since the last call whose gradient was not finite."""
+        for step, norms in enumerate(self.norms, self.step - len(self.norms)):
+            for name, norm in zip(self.parts(), norms.tolist(), strict=True):
+                if not math.isfinite(norm):
+                    raise DivergedError(
+                        f"the gradient of the {name} is not finite at step {step} (windows "
+                        f"0..{self.config.batch - 1} of that step, seed {self.config.seed}); the "
+                        f"weights were left as they are in last.pt; try a lower --lr"
+                    )
+        self.norms = []
 
     def learning_rate(self) -> float:
         """Linear warm-up over a twentieth of the run, then cosine to zero."""
@@ -175,7 +209,9 @@ class Run:
                 history.append(self.train_step(images, labels))
                 waited += wait
                 done = self.step == steps
-                if report := self.step % report_every == 0 or done:
+                if (report := self.step % report_every == 0 or done) or stop.received:
+                    self.check_gradients()
+                if report:
                     now = time.perf_counter()
                     row = self.report(history, waited, now - since)
                     left = (now - begin) / (self.step - first) * (steps - self.step)
@@ -196,7 +232,7 @@ class Run:
     @torch.no_grad()
     def report(self, history: list[Losses], waited: float, seconds: float) -> dict:
         """One row of the log: means since the last one."""
-        terms = torch.tensor([[float(term) for term in losses] for losses in history]).mean(0)
+        terms = torch.stack([torch.stack(losses) for losses in history]).mean(0)
         row = {"step": self.step} | dict(zip(Losses._fields, terms.tolist(), strict=True))
         row |= {"ramp": ramp_up(self.step, self.config.steps), "lr": self.learning_rate()}
         row["images_per_s"] = len(history) * self.config.batch / seconds
@@ -204,7 +240,7 @@ class Run:
         if isinstance(self.model, CTCLM):
             with self.autocast:
                 projections = self.model.shared_space(self.last_output)
-            seen = opinions(self.last_output, self.last_labels)
+            seen = opinions(self.last_output, self.last_labels.to(self.device))
             row |= diagnostics.statistics(*seen, len(self.val_set.classes.names))
             row |= diagnostics.shared_space_statistics(projections)
         row |= {"transformer_val_miou": None, "cnn_val_miou": None}
@@ -254,25 +290,12 @@ class Run:
             "seconds": self.seconds,
         }
         checkpoint.save(state, self.config.out / "last.pt")
-        with open(self.config.out / "log.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, self.log[0].keys() if self.log else [])
-            writer.writeheader()
-            writer.writerows(self.log)
+        checkpoint.save_csv(self.log, self.log[0] if self.log else [], self.config.out / "log.csv")
 
     def restore(self) -> None:
         """Go on where last.pt was written; raises UsageError when it was with other options."""
         out, state = self.config.out, checkpoint.read(self.config.out / "last.pt", "ctclm-training")
-        for key, value in self.config.saved().items():
-            cli.require(
-                key in state["config"],
-                f"{out}: was started by a version without {cli.flag(key)}, "
-                f"and can only be resumed with that version",
-            )
-            cli.require(
-                (before := state["config"][key]) == value,
-                f"{out}: was started with {cli.flag(key)} {before}, not {value}; "
-                f"resume it with the same options",
-            )
+        cli.require_same(self.config.saved(), state["config"], f"{out}: was started", "resume it")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.log, self.best = state["step"], state["log"], state["best"]
@@ -281,11 +304,8 @@ class Run:
     def cost(self) -> dict:
         """Parameters and multiply-adds of what is trained and of what is deployed."""
         shape = (self.windows.scenes[0].image.shape[2], self.config.crop, self.config.crop)
-        deployed = next(iter(self.model.branches.values()))
-        return {
-            "trained": diagnostics.count(self.model, shape, self.model.shared_space),
-            "deployed": diagnostics.count(deployed, shape),
-        }
+        with force("pytorch"):  # the counter does not know our kernels
+            return diagnostics.cost(self.model, shape)
 
     def finish(self) -> None:
         """metrics.json, curves.png, story.png, samples.png."""
@@ -313,7 +333,7 @@ class DivergedError(ArithmeticError):
 
 def prepare(config: Config) -> Run:
     """The run that the options describe: folder, data, model, and what a resumed one has done."""
-    prepare_folder(config)
+    checkpoint.prepare_folder(config.out, config.resume)
     train_set, val_set = load_data(config)
     torch.manual_seed(config.seed)
     model = CTCLM(
@@ -330,18 +350,6 @@ def prepare(config: Config) -> Run:
     if config.resume:
         run.restore()
     return run
-
-
-def prepare_folder(config: Config) -> None:
-    out, last = config.out, config.out / "last.pt"
-    if config.resume:
-        cli.require(last.exists(), f"{last}: no such file, so there is nothing to resume")
-    elif out.exists():
-        is_new = out.is_dir() and {p.name for p in out.iterdir()} <= {"cache"}
-        cli.require(
-            is_new, f"{out}: is not empty; continue it with --resume or choose another --out"
-        )
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def load_data(config: Config) -> tuple[Dataset, Dataset]:
@@ -376,13 +384,13 @@ def make_windows(config: Config, scenes: list[Scene], augment: bool = True) -> W
     return Windows(scenes, *size, rare_class_fraction=fraction, augment=augment)
 
 
-def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, lr: float, capturable: bool) -> torch.optim.Optimizer:
     """AdamW; weight decay on matrices and kernels, not on biases, norms and layer scales."""
     learning = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in learning if p.dim() > 1]
     others = [p for p in learning if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, fused=True, capturable=capturable)
 
 
 # --- What is shown --------------------------------------------------------------------------------
@@ -426,12 +434,7 @@ def main(arguments: list[str]) -> None:
     if rare := [classes.names[pixels.k] for pixels in windows.rare_classes]:
         share = f"{windows.rare_class_fraction:.0%}"
         print(f"{share} of windows are drawn around rare classes: {', '.join(rare)}")
-    for name, cost in run.cost().items():
-        print(
-            f"{name}: {cost['parameters']:,} parameters, "
-            f"{cost['multiply_adds'] / 1e6:,.0f} million multiply-adds per "
-            f"{config.crop} x {config.crop} window"
-        )
+    print(diagnostics.cost_lines(run.cost(), config.crop))
     try:
         run.fit()
     except DivergedError as error:

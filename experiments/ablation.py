@@ -262,12 +262,8 @@ def prepare(config: Config) -> dict:
     path = config.results / "options.json"
     if path.exists():
         before = json.loads(path.read_text())
-        for key, value in config.shared().items():
-            if before.get(key) != value:
-                raise cli.UsageError(
-                    f"{config.results}: was made with {cli.flag(key)} {before.get(key)}, not "
-                    f"{value}; go on with the same options or choose another --results and --out"
-                )
+        go_on = "choose another --results and --out, or go on"
+        cli.require_same(config.shared(), before, f"{config.results}: was made", go_on)
         return before
     config.results.mkdir(parents=True, exist_ok=True)
     options = config.shared() | {"time_ratio": round(step_times(config), 3)}

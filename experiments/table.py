@@ -10,12 +10,11 @@ are Student's t at 95 %.
 
 import csv
 import statistics
-from io import StringIO
 from pathlib import Path
 
 from experiments.settings import SETTINGS
 from support import pictures
-from support.checkpoint import atomic_write
+from support.checkpoint import save_csv
 
 HEADS = "setting, n, mIoU, mF1, OA, boundary F1, CNN mIoU, boundary F1, ms a step, s".split(", ")
 # Every setting minus each of these.
@@ -47,12 +46,8 @@ def read_cells(path: Path) -> list[dict]:
 
 def write_cells(rows: list[dict], path: Path) -> None:
     order = list(SETTINGS)
-    text = StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS)
-    writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda row: (row["seed"], order.index(row["setting"]))))
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+    rows = sorted(rows, key=lambda row: (row["seed"], order.index(row["setting"])))
+    save_csv(rows, COLUMNS, path)
 
 
 # --- Statistics -----------------------------------------------------------------------------------

@@ -7,14 +7,18 @@
 fills up. Here the bytes go to a temporary file. Once they are on the disk it is renamed.
 """
 
+import csv
 import json
 import os
 import pickle
 import zipfile
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 
 import torch
+
+from support.cli import require
 
 
 class CheckpointError(ValueError):
@@ -54,6 +58,27 @@ def save_json(entry: dict, path: Path) -> None:
     """Write plain types as a file that people can read, as safely as `save`."""
     with atomic_write(path) as file:
         file.write((json.dumps(entry, indent=1) + "\n").encode())
+
+
+def save_csv(rows: list[dict], columns, path: Path) -> None:
+    """A table with a head, as safely as `save`."""
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def prepare_folder(out: Path, resume: bool) -> None:
+    """Make a run's folder. UsageError where there is a run already, or none to resume."""
+    if resume:
+        last = out / "last.pt"
+        require(last.exists(), f"{last}: no such file, so there is nothing to resume")
+    elif out.exists():
+        is_new = out.is_dir() and {p.name for p in out.iterdir()} <= {"cache"}
+        require(is_new, f"{out}: is not empty; continue it with --resume or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def read(path: Path, kind: str) -> dict:

@@ -19,6 +19,7 @@ import errno
 import signal
 import sys
 from dataclasses import field, fields
+from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 
@@ -41,6 +42,14 @@ def option(default, help, *, positional: bool = False):
 def flag(name: str) -> str:
     """A field's name as it is typed: "max_unknown" -> "--max-unknown"."""
     return "--" + name.replace("_", "-")
+
+
+def make_folder(path: Path) -> None:
+    """A folder for results, with its parents; UsageError when there is a file in the way."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{path}: must be a folder, but there is a file") from None
 
 
 class OneSentenceParser(argparse.ArgumentParser):
@@ -72,6 +81,19 @@ def parse(config_class, arguments: list[str], description: str = ""):
         parser.add_argument(name, **settings)
     given = vars(parser.parse_intermixed_args(arguments))
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
+def require_same(options: dict, before: dict, what: str, go_on: str) -> None:
+    """UsageError unless `before` has these options: "{what} with --lr 1, not 2; {go_on} with ..."""
+    for key, value in options.items():
+        require(
+            key in before,
+            f"{what} by a version without {flag(key)}; {go_on} with that version",
+        )
+        require(
+            before[key] == value,
+            f"{what} with {flag(key)} {before[key]}, not {value}; {go_on} with the same options",
+        )
 
 
 # The outside world's failures that a sentence explains better than a traceback.

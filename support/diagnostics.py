@@ -111,6 +111,23 @@ def count(module: nn.Module, shape: tuple[int, int, int], after=None) -> dict:
     return {"parameters": parameters, "multiply_adds": counter.get_total_flops() // 4}
 
 
+def cost(model: nn.Module, shape: tuple[int, int, int]) -> dict:
+    """`count` of what is trained and of what is deployed, the first of the model's branches."""
+    deployed = next(iter(model.branches.values()))
+    return {
+        "trained": count(model, shape, model.shared_space),
+        "deployed": count(deployed, shape),
+    }
+
+
+def cost_lines(cost: dict, crop: int) -> str:
+    return "\n".join(
+        f"{name}: {c['parameters']:,} parameters, {c['multiply_adds'] / 1e6:,.0f} million "
+        f"multiply-adds per {crop} x {crop} window"
+        for name, c in cost.items()
+    )
+
+
 LEGEND = """
 CE       cross entropy of the Transformer (T) and the CNN (C) on training windows, nats
 C>T      transfer loss, nats: the CNN teaches the Transformer; T>C: the Transformer teaches the CNN

@@ -152,7 +152,7 @@ def test_interrupted_program_saves_first(small, number):
     )
     while not process.stdout.readline().startswith("deployed:"):
         assert process.poll() is None, process.stderr.read()
-    time.sleep(2)
+    time.sleep(0.5)  # into the first steps
     process.send_signal(number)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number, error
@@ -230,7 +230,7 @@ def test_a_step_clips_before_it_updates(small, monkeypatch):
     for owner, name in ((run_, "clip_gradients"), (run_.optimizer, "step")):
         wrapped = getattr(owner, name)
         monkeypatch.setattr(
-            owner, name, lambda *a, name=name, wrapped=wrapped: (order.append(name), wrapped(*a))
+            owner, name, lambda *a, name=name, wrapped=wrapped: [order.append(name), wrapped(*a)][1]
         )
     run_.train_step(*run_.windows.batch(0))
     assert order == ["clip_gradients", "step"]
@@ -239,7 +239,7 @@ def test_a_step_clips_before_it_updates(small, monkeypatch):
 def test_a_step_forgets_the_gradients_of_the_last(small, monkeypatch):
     """Twice the same step without moving: the same gradients. Clipping would hide a sum of two."""
     run_ = train.prepare(small(lr=1e-30))
-    monkeypatch.setattr(run_, "clip_gradients", lambda: None)
+    monkeypatch.setattr(run_, "clip_gradients", lambda: torch.ones(3))
     gradients = []
     for run_.step in (0, 0):
         run_.train_step(*run_.windows.batch(0))
@@ -351,7 +351,8 @@ BAD_OPTIONS = {
     "--seed -1": "--seed must be at least 0",
     "--data potsdam": "--data potsdam needs --root",
     "--data toy --root .": "it takes no --root",
-    "--val-tiles 2_10": "no tiles",
+    "--val-tiles 2_10": "--data toy has no tiles",
+    "--train-tiles 2_10": "it takes no --root, no tiles",
     "--data folder --root /nowhere/at/all": "/nowhere/at/all: no such folder",
     "--resume": "there is nothing to resume",
     "--validations 0": "--validations must be positive; got 0",

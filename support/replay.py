@@ -1,0 +1,63 @@
+"""A function of CUDA tensors as one launch.
+
+    step = Replayed(function)       # function(*tensors) -> tensors, the same work at every call
+    outputs = step(*tensors)
+
+A training step is more than a thousand small kernels, and launching one costs the host more time
+than many of them cost the GPU. A CUDA graph records them once and launches all of them together.
+"""
+
+import sys
+
+import torch
+
+EAGER_CALLS = 3  # before the capture: kernels are compiled, and what is made lazily is made
+
+
+class Replayed:
+    """The first calls run as they are, the next one is captured, and from then on it is replayed.
+
+    The function may read and change tensors in place (weights, an optimiser's state). It must not
+    read a value back to the host, nor depend on anything but tensors. Its outputs are overwritten
+    by the next call. Where it cannot be captured it says so once and goes on call by call.
+    """
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream = torch.cuda.Stream()  # capturing needs another than the default one
+
+    def __call__(self, *inputs: torch.Tensor):
+        """inputs: of the same shapes at every call, on the GPU or in pinned memory."""
+        self.calls += 1
+        if self.calls == EAGER_CALLS + 1:
+            self.capture(inputs)
+        if self.graph is None:
+            return self.eagerly(inputs)
+        for fixed, x in zip(self.inputs, inputs, strict=True):
+            fixed.copy_(x, non_blocking=True)
+        self.graph.replay()
+        return self.outputs
+
+    def eagerly(self, inputs):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            outputs = self.function(*(x.to("cuda", non_blocking=True) for x in inputs))
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return outputs
+
+    def capture(self, inputs) -> None:
+        self.inputs = [x.to("cuda", copy=True) for x in inputs]
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()  # the graph has memory of its own
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            print(f"  note: not captured as a CUDA graph, so slower: {reason}", file=sys.stderr)
+            # An aborted capture leaves the random generator unusable until another one ends.
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream):
+                torch.zeros(1, device="cuda")
+        else:
+            self.graph = graph
