@@ -59,13 +59,13 @@ def query_gradient_blocks(M: int, D: int, dtype: torch.dtype, shared_memory: int
         return Blocks(32, 32, 4, 1) if D <= 32 else Blocks(16, 32, 8, 1)
     if M <= 256 and (D <= 32 or (D == 64 and shared_memory >= LARGE_SHARED_MEMORY)):
         return Blocks(64, min(128, max(16, triton.next_power_of_2(M))), 4, 2)
-    return Blocks(64, 64, 4, 1)
+    return Blocks(64, 64, 4, 2 if D <= 32 else 1)
 
 
 def key_gradient_blocks(M: int, D: int, dtype: torch.dtype, shared_memory: int) -> Blocks:
     if dtype == torch.float32:
         return Blocks(32, 32, 4, 1) if D <= 32 else Blocks(16, 32, 8, 1)
-    return Blocks(64, 64, 4, 2)
+    return Blocks(64, 64, 8 if D == 128 else 4, 2)
 
 
 @jit
