@@ -3,13 +3,16 @@
 attention.py has the specification. All three hold tiles of scores with a row a query, so that a
 query's maximum and sums stay within a warp.
 
-The gradients of queries and of keys are made by a kernel each. Both compute the scores again, two
-more products than the five that one kernel would need, and each is then small: several programs fit
-into a processor at once, and one computes while another waits. `query_gradient_kernel` gives a
-program some of the queries and all keys; it also normalises: for each query it writes the largest
-score, the sum of the exponentials and sum_m p dp. `key_gradient_kernel` gives a program a block of
-keys and all queries, or a slice of them where there are few keys and many queries. The slices'
-sums are then added in a fixed order by `sum_kernel`. No kernel has an atomic operation.
+The gradients of queries and of keys are made by a kernel each. That takes eight products, where
+one kernel would need five. But that one would hold all keys and walk over the queries, with its
+sums over the keys spread over eight warps: 13 barriers a tile, and no other program beside it in
+the processor. Of these small ones two to four fit in, and one computes while another waits.
+
+`query_gradient_kernel` gives a program some of the queries and all keys; it also normalises: for
+each query it writes the largest score, the sum of the exponentials and sum_m p dp.
+`key_gradient_kernel` gives a program a block of keys and all queries, or a slice of them where
+there are few keys and many queries. The slices' sums are then added by `sum_kernel`, always in the
+same order. No kernel has an atomic operation.
 
 Letters: B batch, h heads, N query tokens, M key tokens, D head dimension.
 """
@@ -56,15 +59,17 @@ def forward_blocks(M: int, D: int, dtype: torch.dtype, shared_memory: int) -> Bl
 
 def query_gradient_blocks(M: int, D: int, dtype: torch.dtype, shared_memory: int) -> Blocks:
     if dtype == torch.float32:
-        return Blocks(32, 32, 4, 1) if D <= 32 else Blocks(16, 32, 8, 1)
+        return Blocks(32, 32, 4, 1) if D <= 32 else Blocks(16, 32 if D <= 64 else 16, 8, 1)
     if M <= 256 and (D <= 32 or (D == 64 and shared_memory >= LARGE_SHARED_MEMORY)):
         return Blocks(64, min(128, max(16, triton.next_power_of_2(M))), 4, 2)
     return Blocks(64, 64, 4, 2 if D <= 32 else 1)
 
 
 def key_gradient_blocks(M: int, D: int, dtype: torch.dtype, shared_memory: int) -> Blocks:
+    """As many keys as a matrix unit of a Hopper chip has rows: what a program owns is short, and
+    three or four fit into a processor."""
     if dtype == torch.float32:
-        return Blocks(32, 32, 4, 1) if D <= 32 else Blocks(16, 32, 8, 1)
+        return Blocks(32, 32, 4, 2) if D <= 32 else Blocks(16, 32, 8, 1)
     return Blocks(64, 64, 8 if D == 128 else 4, 2)
 
 
@@ -156,7 +161,7 @@ def query_gradient_kernel(
     k_ptr,
     v_ptr,
     do_ptr,
-    statistics_ptr,  # (3, B, h, N) float32: scale_2 times the largest score, 1 / sum of exponentials, sum_m p dp
+    statistics_ptr,  # (3, B, h, N) float32: largest score * scale_2, 1 / sum, sum_m p dp
     dq_ptr,  # (B, N, h, D)
     q_image_stride,
     q_head_stride,
@@ -193,7 +198,11 @@ def query_gradient_kernel(
     into one log-sum-exp: added to a score of thousands, the logarithm would be rounded to a
     thousandth.
 
-    Several chunks of keys are read twice: ds needs the sums over all of them.
+    ds needs the sums over all keys. HELD: the weights of all chunks wait for them in registers, and
+    are multiplied in the dtype of the product that they enter. Otherwise all is read twice.
+    sum_m p dp is the product of the upstream gradient and the output, which is computed again.
+    Whatever does not change from tile to tile is computed again too (`disable_licm`): kept in
+    registers, it would make them spill.
     """
     block, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     h, B = tl.num_programs(1), tl.num_programs(2).to(tl.int64)
