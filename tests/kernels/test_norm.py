@@ -154,8 +154,8 @@ def test_kernels_give_the_same_bits_twice(device):
 
 def test_pytorch_accepts_the_operations(device):
     x, weight, bias, dy = (t.to(device) for t in random_inputs(5, 8))
-    for x in (x, torch.randn(8, 5, device=device).T):  # any layout comes back contiguous
-        torch.library.opcheck(fused_layer_norm_backward, (dy, x, weight, EPS))
+    for any_layout in (x, torch.randn(8, 5, device=device).T):  # any layout comes back contiguous
+        torch.library.opcheck(fused_layer_norm_backward, (dy, any_layout, weight, EPS))
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     torch.library.opcheck(fused_layer_norm, (*inputs, EPS, torch.float16))
 
