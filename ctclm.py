@@ -574,8 +574,10 @@ def directed_distances(h_c: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
     h_c is the teacher and detached; that of the second reaches h_c alone.
     """
 
+    h_c, h_t = F.normalize(h_c, dim=1), F.normalize(h_t, dim=1)
+
     def distance(student: Tensor, teacher: Tensor) -> Tensor:
-        return 1 - F.cosine_similarity(student, teacher.detach(), dim=1)[:, None]
+        return 1 - (student * teacher.detach()).sum(1, keepdim=True)
 
     return distance(student=h_t, teacher=h_c), distance(student=h_c, teacher=h_t)
 

@@ -11,12 +11,9 @@ From Python:
     for top, p in predict(student, open_rows("scene.tif")):     # p (K, rows, W), from top to bottom
         ...
 
-An image of any size is cut into overlapping windows. Each axis has weights that rise and fall
-linearly across an overlap and add up to exactly 1 at every pixel, so blending needs no second pass.
-`predict` walks down the scene, reads the rows of one row of windows at a time, and yields rows once
-no later window can change them. Memory depends on the scene's width and not on its height. The
-result depends on the windows, not on how the file is stored. The map of a TIFF is a TIFF with the
-same georeference.
+A scene of any size is cut into overlapping windows. They are predicted in batches and blended where
+the model is, so that only classes come back from a GPU (support/scenes.py). Memory depends on the
+scene's width and not on its height. The map of a TIFF is a TIFF with the same georeference.
 
 Letters: B batch, C channels, H W pixels, K classes.
 """
@@ -26,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -33,12 +31,12 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctclm import CTCLM, VARIANTS, Transformer
 from data import DATA_SETS, Dataset, load
+from kernels import upsample
 from support import checkpoint, cli, pictures
 from support.checkpoint import CheckpointError, atomic_write
 from support.geotiff import create, georeference
@@ -56,6 +54,7 @@ from support.protocols import (
     table,
 )
 from support.raster import DataError, Rows, header, open_rows
+from support.scenes import BatchSize, Behind, Part, blend
 
 # --- best.pt: what people pass on -----------------------------------------------------------------
 
@@ -99,100 +98,108 @@ def load_transformer(path: Path) -> Transformer:
     return transformer.eval()
 
 
+def at_precision(model: Transformer, precision: str) -> Transformer:
+    """The same model, its weights and features cast to auto, fp32, bf16 or fp16.
+
+    auto is fp32 on a CPU and fp16 on a GPU: as fast as bf16, with an eighth of its rounding error.
+    Weights are cast once, for autocast's casts in every call cost more than they save. The image is
+    normalised in float32, and softmax and blending follow in float32.
+    """
+    on_gpu = model.normalise.mean.is_cuda
+    if precision == "auto":
+        precision = "fp16" if on_gpu else "fp32"
+    cli.require(precision != "fp16" or on_gpu, "--precision fp16 is for a GPU; a CPU takes bf16")
+    if precision != "fp32":
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear | nn.LayerNorm):
+                module.to(dtype)
+        model.normalise.register_forward_hook(lambda module, images, output: output.to(dtype))
+    return model
+
+
 # --- A whole scene, window by window --------------------------------------------------------------
 
 STRIDE = 32  # of the deepest stage: windows are mirrored up to a multiple, their logits cropped
 
 
-def axis_windows(length: int, window: int, overlap: float) -> tuple[list[int], np.ndarray]:
-    """Where windows start along an axis, and the weights in each (number of windows, window).
-
-    Neighbours share at least `overlap` of a window; the last one is moved back to the edge. Weights
-    are > 0, and at every pixel those of the windows that hold it sum to 1.
-    """
-    window = min(window, length)
-    step = max(1, round(window * (1 - overlap)))
-    starts = [*range(0, length - window, step), length - window]
-    ramp = np.minimum(np.arange(1, window + 1), np.arange(window, 0, -1))
-    ramp = np.minimum(ramp, max(1, window - step))  # flat where no neighbour reaches
-    total = np.zeros(length)
-    for start in starts:
-        total[start : start + window] += ramp
-    return starts, np.stack([ramp / total[start : start + window] for start in starts])
-
-
 @torch.no_grad()
-def predict(
+def predict_parts(
     model: Callable[[Tensor], Tensor],
     image: np.ndarray | Rows,
     window: int = 512,
     overlap: float = 0.25,
     device: str | torch.device = "cpu",
+    batch: BatchSize | int | None = None,
     tta: bool = False,
     progress: Callable[[float], None] | None = None,
+) -> Iterator[Part]:
+    """Yield Parts from top to bottom; their values are class probabilities, on `device`.
+
+    image (H, W, C) uint8 of any size, an array or the rows of a file; model: images (B, C, H, W)
+    0..255 -> logits (B, K, ...) at any resolution; window in pixels, overlap as a share of it;
+    batch: windows at a time (1 on a CPU, 16 on a GPU); tta: the mean over the eight orientations of
+    each window; progress(share) after each window.
+    """
+    function, batch = partial(probabilities, model, tta=tta), BatchSize.of(batch, device)
+    broken = torch.zeros((), dtype=torch.bool, device=device)
+    for part in blend(function, image, window, overlap, torch.device(device), batch, progress):
+        broken |= part.values[0].isnan().any()  # looked at once, at the end: it waits for a GPU
+        yield part
+    cli.require(not broken, "the logits are not finite; --precision fp32 has the largest range")
+
+
+def predict(
+    model: Callable[[Tensor], Tensor], image: np.ndarray | Rows, **options
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (first row, class probabilities (K, rows, W) float32) from top to bottom.
 
-    image (H, W, C) uint8 of any size, an array or the rows of a file; model: images (B, C, H, W)
-    0..255 -> logits (B, K, ...) at any resolution; window in pixels, overlap as a share of it; tta:
-    the mean over the eight orientations of each window; progress(share) after each row of windows.
+    `options` are those of `predict_parts`.
     """
+    for top, _, p in predict_parts(model, image, **options):
+        yield top, p.cpu().numpy()
+
+
+def predict_classes(model, image: np.ndarray | Rows, **options) -> tuple[np.ndarray, np.ndarray]:
+    """Class map (H, W) uint8 and the probability of each pixel's class, (H, W) float32."""
     H, W = image.shape[:2]
-    rows, row_weights = axis_windows(H, window, overlap)
-    columns, column_weights = axis_windows(W, window, overlap)
-    height, width = min(window, H), min(window, W)
-    pending = None  # (K, ., W): blended rows from `top` on that later windows still add to
-    for index, top in enumerate(rows):
-        pixels = image[top : top + height]  # (height, W, C)
-        blended = None  # (K, height, W)
-        for column, left in enumerate(columns):
-            p = probabilities(model, pixels[:, left : left + width], device, tta)
-            if blended is None:
-                blended = np.zeros((len(p), height, W), np.float32)
-            p *= np.outer(row_weights[index], column_weights[column]).astype(np.float32)
-            blended[:, :, left : left + width] += p
-            if progress:
-                progress((index + (column + 1) / len(columns)) / len(rows))
-        if pending is not None:
-            shared = pending.shape[1]
-            blended[:, :shared] += pending
-        following = rows[index + 1] if index + 1 < len(rows) else H
-        pending = blended[:, following - top :].copy()  # a copy, so that `blended` itself can go
-        yield top, blended[:, : following - top]
+    classes, confidence = np.empty((H, W), np.uint8), np.empty((H, W), np.float32)
+    for top, pixels, p in predict_parts(model, image, **options):
+        most, labels = p.max(dim=0)
+        bottom = top + len(pixels)
+        classes[top:bottom] = labels.byte().cpu().numpy()
+        confidence[top:bottom] = most.cpu().numpy()
+    return classes, confidence
 
 
-def probabilities(model, pixels: np.ndarray, device, tta: bool = False) -> np.ndarray:
-    """softmax(logits) of one window (H, W, C) at its own size, (K, H, W) float32.
+def probabilities(model, windows: Tensor, tta: bool = False) -> Tensor:
+    """softmax(logits) of windows (B, H, W, C) uint8 at their own size, (B, K, H, W) float32.
 
     With `tta` the mean over flips and quarter turns: seen from above, no orientation is special.
     """
     if tta:
         total = 0
         for quarter in range(4):
-            turned = np.rot90(pixels, quarter)
-            p = probabilities(model, turned, device)
-            p = p + probabilities(model, turned[:, ::-1], device)[:, :, ::-1]
-            total = total + np.rot90(p, -quarter, axes=(1, 2))
-        return total / np.float32(8)
-    H, W = pixels.shape[:2]
-    below, right = -H % STRIDE, -W % STRIDE
-    pixels = np.pad(pixels, ((0, below), (0, right), (0, 0)), "symmetric")
-    images = torch.from_numpy(pixels).to(device).permute(2, 0, 1)[None].float()
+            turned = windows.rot90(quarter, (1, 2))
+            p = probabilities(model, turned) + probabilities(model, turned.flip(2)).flip(3)
+            total = total + p.rot90(-quarter, (2, 3))
+        return total / 8
+    H, W = windows.shape[1:3]
+    images = mirrored(windows).permute(0, 3, 1, 2).float()
     logits = model(images).float()
     if logits.shape[-2:] != images.shape[-2:]:
-        logits = F.interpolate(logits, images.shape[-2:], mode="bilinear")
-    return logits.softmax(dim=1)[0, :, :H, :W].cpu().numpy()
+        logits = upsample(logits, images.shape[-2:])
+    return logits.softmax(dim=1)[:, :, :H, :W]
 
 
-def predict_classes(model, image: np.ndarray | Rows, **options):
-    """Class map (H, W) uint8 and the probability of each pixel's class, (H, W) float32."""
-    H, W = image.shape[:2]
-    classes, confidence = np.empty((H, W), np.uint8), np.empty((H, W), np.float32)
-    for top, p in predict(model, image, **options):
-        bottom = top + p.shape[1]
-        classes[top:bottom] = p.argmax(axis=0)
-        confidence[top:bottom] = p.max(axis=0)
-    return classes, confidence
+def mirrored(windows: Tensor) -> Tensor:
+    """Windows (B, H, W, C), continued by their mirror images up to a multiple of STRIDE."""
+    for axis in (1, 2):
+        length = windows.shape[axis]
+        if beyond := -length % STRIDE:
+            i = torch.arange(length + beyond, device=windows.device) % (2 * length)
+            windows = windows.index_select(axis, torch.minimum(i, 2 * length - 1 - i))
+    return windows.contiguous()
 
 
 # --- Scores ---------------------------------------------------------------------------------------
@@ -214,6 +221,7 @@ def evaluate(
     of counting. `options` are those of `predict`; progress(share) is called as it goes.
     """
     tally = Tally(dataset.classes, crop)
+    options["batch"] = BatchSize.of(options.get("batch"), options.get("device", "cpu"))
     for index, scene in enumerate(dataset.scenes):
 
         def share(done, index=index):
@@ -239,6 +247,10 @@ class Config:
     out: Path = cli.option(None, "folder for maps (maps), or for metrics.json when scoring")
     window: int = cli.option(512, "side of a window in pixels, a multiple of 32")
     overlap: float = cli.option(0.25, "share of a window that neighbours have in common, below 0.9")
+    batch: int = cli.option(None, "windows at a time (1 on a CPU, 16 on a GPU)")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = cli.option(
+        "auto", "of weights and features; auto: fp16 on a GPU, fp32 on a CPU"
+    )
     tta: bool = cli.option(False, "average over flips and quarter turns, eight times the work")
     confidence: bool = cli.option(False, "also write the probability of each pixel's class, 0..255")
     data: Literal["", *DATA_SETS] = cli.option("", "score on this data set instead")
@@ -254,14 +266,13 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = cli.option("auto", "where to run")
 
     def __post_init__(self):
-        if self.window % STRIDE or self.window <= 0:
-            raise cli.UsageError(
-                f"--window must be a positive multiple of {STRIDE}; got {self.window}"
-            )
-        if not 0 <= self.overlap < 0.9:
-            raise cli.UsageError(f"--overlap must be in [0, 0.9); got {self.overlap}")
-        if bool(self.images) == bool(self.data):
-            raise cli.UsageError("give images to map, or --data to score on (one of the two)")
+        window, overlap, batch = self.window, self.overlap, self.batch
+        fits = window > 0 and window % STRIDE == 0
+        cli.require(fits, f"--window must be a positive multiple of {STRIDE}; got {window}")
+        cli.require(0 <= overlap < 0.9, f"--overlap must be in [0, 0.9); got {overlap}")
+        cli.require(batch is None or batch > 0, f"--batch must be positive; got {batch}")
+        one = bool(self.images) != bool(self.data)
+        cli.require(one, "give images to map, or --data to score on (one of the two)")
         if self.images:
             self.refuse(
                 "goes with --data, not with images",
@@ -271,25 +282,24 @@ class Config:
             self.refuse("goes with images, not with --data", "confidence")
         if self.submission:
             self.refuse("does not go with --submission", "out protocol tiles")
-            if self.data != "loveda":
-                raise cli.UsageError("--submission is for --data loveda")
-            if self.split == "val":
-                raise cli.UsageError("--submission is of the test split; leave --split val out")
-            if self.submission.suffix != ".zip":
-                raise cli.UsageError(f"--submission must end in .zip; got {self.submission}")
+            cli.require(self.data == "loveda", "--submission is for --data loveda")
+            is_test = self.split != "val"
+            cli.require(is_test, "--submission is of the test split; leave --split val out")
+            is_zip = self.submission.suffix == ".zip"
+            cli.require(is_zip, f"--submission must end in .zip; got {self.submission}")
 
     def refuse(self, why: str, names: str) -> None:
         for name in names.split():
-            if getattr(self, name):
-                raise cli.UsageError(f"{cli.flag(name)} {why}")
+            cli.require(not getattr(self, name), f"{cli.flag(name)} {why}")
 
 
 def main(arguments: list[str]) -> None:
     config = cli.parse(Config, arguments, __doc__.partition("\n")[0])
     keep_freed_memory()
     device = pick_device(config.device)
-    model = load_transformer(config.checkpoint).to(device)
+    model = at_precision(load_transformer(config.checkpoint).to(device), config.precision)
     options = {"window": config.window, "overlap": config.overlap, "device": device}
+    options |= {"batch": BatchSize.of(config.batch, device)}
     if config.images:
         write_maps(model, config, options | {"tta": config.tta})
     elif config.submission:
@@ -298,38 +308,27 @@ def main(arguments: list[str]) -> None:
         score(model, config, options)
 
 
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise cli.UsageError(f"{path}: must be a folder, but there is a file") from None
-
-
 # --- Maps ---------------------------------------------------------------------------------------
 
 
 def write_maps(model, config: Config, options: dict) -> None:
     out = config.out or Path("maps")
-    twice = [stem for stem, n in Counter(path.stem for path in config.images).items() if n > 1]
-    if twice:
-        raise cli.UsageError(f"two images are called {twice[0]}: map them to different folders")
+    (name, times), *_ = Counter(path.stem for path in config.images).most_common(1)
+    cli.require(times == 1, f"two images are called {name}: map them to different folders")
     for path in config.images:  # all of them, before the first hour of work
         check_bands(model, config, open_rows(path).shape[2], path)
     if model.about.bands != "rgb":
-        print(
-            f"{config.checkpoint} was trained on {model.about.bands}: "
-            f"the images' bands are taken for these"
-        )
-    make_folder(out)
+        taken = "the images' bands are taken for these"
+        print(f"{config.checkpoint} was trained on {model.about.bands}: {taken}")
+    cli.make_folder(out)
     for path in config.images:
         write_map(model, path, out, config.confidence, options)
 
 
 def write_map(model, path: Path, out: Path, confidence: bool, options: dict) -> None:
     """The class map of one image, an overlay, and where asked the confidence."""
-    begin, rows = time.perf_counter(), open_rows(path)
-    classes = model.about.classes
-    (H, W), place = rows.shape[:2], georeference(path)
+    begin, rows, place = time.perf_counter(), open_rows(path), georeference(path)
+    (H, W), classes = rows.shape[:2], model.about.classes
     suffix = ".tif" if header(path).format == "TIFF" else ".png"
     written = out / f"{path.stem}_classes{suffix}"
     overlay, counts = pictures.Overlay((H, W), classes), np.zeros(len(classes.names), np.int64)
@@ -339,15 +338,21 @@ def write_map(model, path: Path, out: Path, confidence: bool, options: dict) -> 
         if confidence:
             name = out / f"{path.stem}_confidence{suffix}"
             confidence_file = stack.enter_context(create(name, (H, W), place=place))
-        for top, p in predict(model, rows, progress=progress, **options):
-            labels = p.argmax(axis=0).astype(np.uint8)
+
+        def write(top: int, pixels: np.ndarray, labels: Tensor, most: Tensor) -> None:
+            labels = labels.cpu().numpy()
             classes_file.append(labels)
             if confidence:
-                confidence_file.append((255 * p.max(axis=0)).round().astype(np.uint8))
-            overlay.add(top, rows[top : top + len(labels)], labels)
-            counts += np.bincount(labels.ravel(), minlength=len(counts))
-        overlay_file = stack.enter_context(atomic_write(out / f"{path.stem}_overlay.png"))
-        overlay.picture().save(overlay_file, "PNG")
+                confidence_file.append(most.cpu().numpy())
+            overlay.add(top, pixels, labels)
+            counts[:] += np.bincount(labels.ravel(), minlength=len(counts))
+
+        with Behind() as behind:  # writes, while the next rows are predicted
+            for top, pixels, p in predict_parts(model, rows, progress=progress, **options):
+                most, labels = p.max(dim=0)
+                behind(write, top, pixels, labels.byte(), (255 * most).round().byte())
+        picture, name = np.asarray(overlay.picture()), out / f"{path.stem}_overlay.png"
+        stack.enter_context(create(name, picture.shape)).append(picture)
     shares = zip(classes.names, counts / (H * W), strict=True)
     summary = ", ".join(f"{name} {share:.1%}" for name, share in shares)
     print(f"{written}  {W} x {H}, {time.perf_counter() - begin:.1f} s: {summary}")
@@ -413,7 +418,7 @@ def score(model, config: Config, options: dict) -> None:
         entry = {"checkpoint": str(config.checkpoint), "data": config.data, "split": split}
         entry |= {"window": config.window, "overlap": config.overlap}
         entry |= {"classes": list(dataset.classes.names), "scenes": len(dataset.scenes)} | results
-        make_folder(config.out)
+        cli.make_folder(config.out)
         checkpoint.save_json(entry, config.out / "metrics.json")
 
 
@@ -428,7 +433,7 @@ def submit(model, config: Config, options: dict) -> None:
             f"{config.root}: is not LoveDA's test set of {len(expected)} images: {wrong[0]} {kind}"
             + (f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else "")
         )
-    make_folder(config.submission.parent)
+    cli.make_folder(config.submission.parent)
     with atomic_write(config.submission) as file, Progress(f"{len(sizes)} images") as progress:
         with ZipFile(file, "w", ZIP_DEFLATED) as archive:
             for index, scene in enumerate(dataset.scenes):

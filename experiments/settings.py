@@ -34,6 +34,7 @@ from ctclm import (
     labelled_positions,
 )
 from data import Dataset, Scene
+from kernels import collaborative_loss
 from support import checkpoint, cli
 from support.labels import count_cells
 
@@ -79,12 +80,9 @@ class OneBranch(nn.Module):
     def objective(self, output: OneOutput, labels: Tensor, ramp: float = 1.0) -> Losses:
         """Cross entropy and the covariance penalty; the terms that take two branches are 0."""
         c, valid = self.config, labels != self.config.ignore_index
-        logits = F.interpolate(output.logits.float(), labels.shape[1:], mode="bilinear")
-        values = F.cross_entropy(
-            logits, labels.long(), ignore_index=c.ignore_index, reduction="none"
-        )
-        ce = values.sum() / valid.sum().clamp(min=1)
-        zero = decorrelation = values.new_zeros(())
+        mean_cross_entropy = fused_cross_entropy if labels.is_cuda else plain_cross_entropy
+        ce = mean_cross_entropy(output.logits, labels, c.ignore_index)
+        zero = decorrelation = ce.new_zeros(())
         with torch.autocast(labels.device.type, enabled=False):
             for h in self.shared_space(output):
                 penalty = covariance_penalty(h, labelled_positions(valid[:, None].float(), h))
@@ -92,6 +90,20 @@ class OneBranch(nn.Module):
         total = ce + c.decorrelation_weight * decorrelation
         losses = Losses(total, *[zero] * 8)
         return losses._replace(**{f"{self.name}_ce": ce}, decorrelation=decorrelation)
+
+
+def plain_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Mean over the labelled pixels, of logits (B, K, H/4, W/4) at the size of labels (B, H, W)."""
+    logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear")
+    values = F.cross_entropy(logits, labels.long(), ignore_index=ignore_index, reduction="none")
+    return values.sum() / (labels != ignore_index).sum().clamp(min=1)
+
+
+def fused_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """The same from the collaborative loss, without logits at full size and without atomics. It
+    computes the absent branch too: cheap on a GPU, and twice the time on a CPU."""
+    absent, options = logits.detach(), {"transfer": "none", "ignore_index": ignore_index}
+    return collaborative_loss(absent, logits, labels, **options).transformer_ce
 
 
 # --- Another branch in the CNN's place ------------------------------------------------------------

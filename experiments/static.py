@@ -1,7 +1,7 @@
 """What the compiler makes of every kernel that is shipped, on a machine without a GPU.
 
     python -m experiments.static                 # a table: registers, spills, shared memory, ...
-    python -m experiments.static --json FILE     # the same as data
+    python -m experiments.static --json experiments/static.json    # the same as data
 
 Triton compiles for a GPU that is not there, and NVIDIA's cuobjdump, which comes with it, reads the
 result. So three things that make a kernel slow without making it wrong can be seen, and tested,
@@ -12,15 +12,24 @@ Block sizes come from the functions that the launches ask. A build is one of the
 "ragged" has sizes that are no multiple of anything. Of the loss there are a usual and the largest
 K, with the transfer that does most. What is left out takes less: K = 16 at T = 2, ragged, has 217
 registers where T = 1 has 225.
+
+All builds take minutes. So each row of FILE has a hash of the source it was compiled from, and
+--json compiles only what changed since. The tests compile a sample, and hold FILE to the rest.
 """
 
 import argparse
+import hashlib
+import inspect
+import io
 import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
+import tokenize
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +62,9 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX_INSTRUCTIONS = {80: r"\bmma\.sync", 90: r"\bwgmma\.mma_async", 100: r"\btcgen05\.mma"}
 
 
+COMMITTED = Path(__file__).parent / "static.json"
+
+
 class Build(NamedTuple):
     name: str
     kernel: object
@@ -72,6 +84,7 @@ class Compiled(NamedTuple):
     warps: int
     matrix: int  # instructions of the generation's own kind
     older_matrix: int  # mma.sync, which every generation has
+    source: str  # source_hash of the build
 
 
 def builds(arch: int) -> list[Build]:
@@ -157,6 +170,41 @@ def norm_builds() -> list[Build]:
     return [*found, Build("layer norm sum", norm_sum, sums, constants, 8, 3)]
 
 
+def sample() -> list[tuple[int, Build]]:
+    """(arch, build): the first build of every kernel, each for the generation after the last's."""
+    archs = tuple(SHARED_MEMORY)
+    kernels = list(dict.fromkeys(build.kernel for build in builds(archs[0])))
+    found = [(archs[i % len(archs)], kernel) for i, kernel in enumerate(kernels)]
+    return [(arch, next(b for b in builds(arch) if b.kernel is kernel)) for arch, kernel in found]
+
+
+def source_hash(build: Build) -> str:
+    """Of what the compiler is given: the Triton functions of the kernel's file, without comments
+    and docstrings, and the build's types and constants. It is the same in the interpreter."""
+    functions = vars(inspect.getmodule(build.kernel.fn))
+    sources = {
+        name: code(function.fn)
+        for name, function in functions.items()
+        if isinstance(function, type(build.kernel))
+    }
+    given = [build.kernel.fn.__name__, sources, build.types, build.constants, build[4:]]
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def code(function) -> str:
+    """The function's tokens but for comments and docstrings."""
+    kept, starts = [], True
+    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(function)).readline):
+        if token.type in (tokenize.COMMENT, tokenize.NL):
+            continue
+        if starts and token.type in (tokenize.STRING, tokenize.NEWLINE):
+            continue  # a docstring and the end of its line
+        kept.append(token.string.strip() or tokenize.tok_name[token.type])
+        starts = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    return " ".join(kept)
+
+
 def compile_for(build: Build, arch: int) -> Compiled:
     """Raises what Triton raises when a kernel does not compile."""
     names = build.kernel.arg_names
@@ -192,6 +240,7 @@ def compile_for(build: Build, arch: int) -> Compiled:
         build.warps,
         len(re.findall(MATRIX_INSTRUCTIONS[arch], ptx)),
         len(re.findall(r"\bmma\.sync", ptx)),
+        source_hash(build),
     )
 
 
@@ -206,16 +255,36 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", printed)}
 
 
-def compile_one(arch: int, index: int) -> Compiled:
-    return compile_for(builds(arch)[index], arch)
+def compile_one(arch: int, name: str) -> Compiled:
+    (build,) = (build for build in builds(arch) if build.name == name)
+    return compile_for(build, arch)
 
 
-def compile_all(archs=tuple(SHARED_MEMORY)) -> list[Compiled]:
-    """In processes: a good part of compiling is Python, of which threads run one at a time."""
-    work = [(arch, index) for arch in archs for index in range(len(builds(arch)))]
-    context = get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), context) as executor:
-        return list(executor.map(compile_one, *zip(*work, strict=True)))
+def compile_all(known: list[Compiled] = ()) -> list[Compiled]:
+    """Every build for every generation; those in `known` that have not changed are taken over.
+
+    In processes: a good part of compiling is Python, of which threads run one at a time.
+    """
+    work = [(arch, build) for arch in SHARED_MEMORY for build in builds(arch)]
+    done = {c[:2]: c for c in known}
+    found = [done.get((build.name, arch)) for arch, build in work]
+    missing = [
+        i
+        for i, (_, build) in enumerate(work)
+        if found[i] is None or found[i].source != source_hash(build)
+    ]
+    print(f"{len(missing)} of {len(work)} builds to compile", file=sys.stderr)
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as executor:
+        tasks = {i: executor.submit(compile_one, work[i][0], work[i][1].name) for i in missing}
+        for i, task in tasks.items():
+            found[i] = task.result()
+    return found
+
+
+def read(path: Path) -> tuple[str, list[Compiled]]:
+    """Triton's version and the builds of a file that --json wrote."""
+    entry = json.loads(path.read_text())
+    return entry["triton"], [Compiled(**row) for row in entry["builds"]]
 
 
 def table(found: list[Compiled]) -> str:
@@ -233,11 +302,14 @@ def table(found: list[Compiled]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as data too")
+    sentence = "write the table as data too; compiles only what is not in it yet or has changed"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=sentence)
     options = parser.parse_args()
     if triton is None or INTERPRETED:
         parser.error("needs Triton, and TRITON_INTERPRET not set")
-    found = compile_all()
+    version, known = read(options.json) if options.json and options.json.exists() else ("", [])
+    # Another version of Triton makes other code of the same source.
+    found = compile_all(known if version == triton.__version__ else [])
     print(table(found))
     if options.json:
         rows = [c._asdict() for c in found]

@@ -19,6 +19,7 @@ import errno
 import signal
 import sys
 from dataclasses import field, fields
+from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 
@@ -41,6 +42,14 @@ def option(default, help, *, positional: bool = False):
 def flag(name: str) -> str:
     """A field's name as it is typed: "max_unknown" -> "--max-unknown"."""
     return "--" + name.replace("_", "-")
+
+
+def make_folder(path: Path) -> None:
+    """A folder for results, with its parents; UsageError when there is a file in the way."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{path}: must be a folder, but there is a file") from None
 
 
 class OneSentenceParser(argparse.ArgumentParser):

@@ -3,12 +3,16 @@
     with create("map.tif", (H, W), colours, georeference("scene.tif")) as file:
         file.append(rows)                       # (any number, W) uint8, from top to bottom
 
-Only one TIFF strip of rows is in memory at a time. A map has the same pixel grid as its image, so
+Only a few blocks of rows are in memory at a time. A map has the same pixel grid as its image, so
 the image's GeoTIFF tags and world files are copied without change.
 """
 
+import math
+import os
 import struct
 import zlib
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -78,7 +82,7 @@ def save_side_files(place: Georeference, path: Path) -> None:
 
 @contextmanager
 def create(path: Path, shape, colours=None, place: Georeference | None = None):
-    """In a `with` block, a Writer of a new .tif or .png of one band of 8 bits, shape (H, W).
+    """In a `with` block, a Writer of a new .tif or .png of 8 bits, shape (H, W); a .png (H, W, 3).
 
     With `colours` it is a palette image, without them a grey one. It gets the georeference `place`.
     """
@@ -86,31 +90,62 @@ def create(path: Path, shape, colours=None, place: Georeference | None = None):
     place = place or Georeference({}, {})
     with atomic_write(path) as file:
         writer = kind(file, path, shape, colours, place.tags)
-        yield writer
-        if writer.rows != shape[0]:
-            raise ValueError(f"{path}: {writer.rows} of {shape[0]} rows were written")
-        writer.finish()
+        try:
+            yield writer
+            if writer.rows != shape[0]:
+                raise ValueError(f"{path}: {writer.rows} of {shape[0]} rows were written")
+            writer.finish()
+        finally:
+            writer.threads.shutdown(cancel_futures=True)
         save_side_files(place, path)
 
 
+BLOCK_SIZE = 2**18  # bytes that are compressed at a time
+THREADS = min(8, os.cpu_count() or 1)  # of each writer; zlib releases the interpreter's lock
+
+
 class Writer:
-    """Writes an image row by row: `append` takes the rows from top to bottom."""
+    """Writes an image row by row: `append` takes the rows from top to bottom.
+
+    Rows are compressed in blocks, by threads, and written in their order. What differs between the
+    kinds of files: `start`; `compress` (rows -> bytes, and the rows as they were compressed), in a
+    thread; `write` (these two); `end`.
+    """
 
     def __init__(self, file, path: Path, shape, colours, tags: Tags):
-        self.file, self.path, (self.height, self.width) = file, path, shape
-        self.colours, self.tags = colours, tags
-        self.rows = 0  # written so far
+        self.file, self.path, self.shape, self.colours, self.tags = file, path, shape, colours, tags
+        self.height, self.width = shape[:2]
+        self.line = math.prod(shape[1:])  # bytes of a row
+        self.rows_per_block = max(1, BLOCK_SIZE // self.line)
+        self.rows = 0  # appended so far
+        self.waiting = np.empty((0, self.line), np.uint8)  # rows of a block that is not complete
+        self.compressed: deque[Future] = deque()  # blocks that are not yet written
+        self.threads = ThreadPoolExecutor(THREADS, "compress")
         self.start()
 
     def append(self, rows: np.ndarray) -> None:
-        """The next rows, (any number, W) uint8."""
-        if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != self.width:
-            raise ValueError(f"rows of {self.width} bytes are expected, not {rows.shape}")
+        """The next rows, (any number, W) or (any number, W, 3) uint8."""
+        if rows.dtype != np.uint8 or rows.shape[1:] != tuple(self.shape[1:]):
+            expected = " x ".join(map(str, self.shape[1:]))
+            raise ValueError(f"rows of {expected} bytes are expected, not {rows.shape}")
         self.rows += len(rows)
-        self.write(rows)
+        self.waiting = np.concatenate([self.waiting, rows.reshape(-1, self.line)])
+        while len(self.waiting) >= self.rows_per_block:
+            self.hand_over(self.rows_per_block)
 
+    def hand_over(self, count: int) -> None:
+        """Give the first waiting rows to a thread, and write what came before the last few."""
+        rows, self.waiting = np.split(self.waiting, [count])
+        self.compressed.append(self.threads.submit(self.compress, rows))
+        while len(self.compressed) > 2 * THREADS:
+            self.write(*self.compressed.popleft().result())
 
-STRIP_SIZE = 2**18  # bytes in a strip before it is compressed
+    def finish(self) -> None:
+        if len(self.waiting):
+            self.hand_over(len(self.waiting))
+        while self.compressed:
+            self.write(*self.compressed.popleft().result())
+        self.end()
 
 
 class TiffWriter(Writer):
@@ -119,23 +154,17 @@ class TiffWriter(Writer):
     def start(self) -> None:
         if self.height * self.width >= 2**32 - 2**26:  # noise grows a little when it is deflated
             raise DataError(f"{self.path}: would not fit into the 4 GiB of a TIFF")
-        self.rows_per_strip = max(1, STRIP_SIZE // self.width)
-        self.offsets, self.sizes, self.waiting = [], [], np.empty((0, self.width), np.uint8)
+        self.offsets, self.sizes = [], []
         self.file.write(tiff_file_header(0))
 
-    def write(self, rows: np.ndarray) -> None:
-        self.waiting = np.concatenate([self.waiting, rows])
-        while len(self.waiting) >= self.rows_per_strip:
-            self.write_strip()
+    def compress(self, rows: np.ndarray) -> tuple[bytes, np.ndarray]:
+        return zlib.compress(rows), rows
 
-    def write_strip(self) -> None:
-        rows, self.waiting = np.split(self.waiting, [self.rows_per_strip])
+    def write(self, data: bytes, rows: np.ndarray) -> None:
         self.offsets.append(self.file.tell())
-        self.sizes.append(self.file.write(zlib.compress(rows)))
+        self.sizes.append(self.file.write(data))
 
-    def finish(self) -> None:
-        if len(self.waiting):
-            self.write_strip()
+    def end(self) -> None:
         tags = self.tags | {
             WIDTH: (4, (self.width,)),
             HEIGHT: (4, (self.height,)),
@@ -143,7 +172,7 @@ class TiffWriter(Writer):
             COMPRESSION: (3, (8,)),
             PHOTOMETRIC: (3, (3 if self.colours else 1,)),
             BANDS: (3, (1,)),
-            ROWS_PER_STRIP: (4, (self.rows_per_strip,)),
+            ROWS_PER_STRIP: (4, (self.rows_per_block,)),
             STRIP_OFFSETS: (4, tuple(self.offsets)),
             STRIP_BYTES: (4, tuple(self.sizes)),
         }
@@ -160,26 +189,40 @@ class TiffWriter(Writer):
 
 
 class PngWriter(Writer):
-    """One deflate stream, of which every call writes a PNG chunk."""
+    """One deflate stream. A block of rows is a part of it that ends at a byte, and a PNG chunk.
+
+    Each line begins with its filter: 0, the bytes themselves, for indices and grey; 1, differences
+    to the pixel before, for colours, which are pictures to look at and compressed least.
+    """
 
     def start(self) -> None:
-        self.deflate = zlib.compressobj()
-        colour_type = 3 if self.colours else 0
+        self.coloured = len(self.shape) == 3
+        self.checksum = zlib.adler32(b"")
         self.file.write(b"\x89PNG\r\n\x1a\n")
-        sizes = struct.pack(">IIBBBBB", self.width, self.height, 8, colour_type, 0, 0, 0)
+        kind = 2 if self.coloured else 3 if self.colours else 0
+        sizes = struct.pack(">IIBBBBB", self.width, self.height, 8, kind, 0, 0, 0)
         self.write_chunk(b"IHDR", sizes)
         if self.colours:
             self.write_chunk(b"PLTE", np.array(self.colours, np.uint8).tobytes())
+        self.write_chunk(b"IDAT", b"\x78\x01")  # a deflate stream begins
 
-    def write(self, rows: np.ndarray) -> None:
-        lines = np.pad(rows, ((0, 0), (1, 0)))  # each line begins with its filter type, 0: none
-        if data := self.deflate.compress(lines.tobytes()):
-            self.write_chunk(b"IDAT", data)
+    def compress(self, rows: np.ndarray) -> tuple[bytes, np.ndarray]:
+        lines = np.pad(rows, ((0, 0), (1, 0)))
+        if self.coloured:
+            lines[:, 0] = 1
+            lines[:, 4:] -= rows[:, :-3]
+        deflate = zlib.compressobj(1 if self.coloured else 6, wbits=-15)
+        return deflate.compress(lines) + deflate.flush(zlib.Z_SYNC_FLUSH), lines
+
+    def write(self, data: bytes, lines: np.ndarray) -> None:
+        self.checksum = zlib.adler32(lines, self.checksum)
+        self.write_chunk(b"IDAT", data)
 
     def write_chunk(self, kind: bytes, data: bytes) -> None:
         check = struct.pack(">I", zlib.crc32(kind + data))
         self.file.write(struct.pack(">I", len(data)) + kind + data + check)
 
-    def finish(self) -> None:
-        self.write_chunk(b"IDAT", self.deflate.flush())
+    def end(self) -> None:
+        last_block = zlib.compressobj(wbits=-15).flush()
+        self.write_chunk(b"IDAT", last_block + struct.pack(">I", self.checksum))
         self.write_chunk(b"IEND", b"")

@@ -8,6 +8,8 @@ describe(device)                    # hardware and versions, for a file of resul
 import ctypes
 import os
 import platform
+import subprocess
+from importlib import metadata
 
 import numpy as np
 import torch
@@ -41,12 +43,34 @@ def keep_freed_memory() -> None:
 
 def describe(device: torch.device) -> dict:
     """Hardware and versions, as plain types, for every file of results."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "device": gpu or f"{platform.machine()} CPU, {os.cpu_count()} cores",
+    found = {
+        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": version_of("triton"),
         "numpy": np.__version__,
         "pillow": pillow_version,
     }
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+        found |= {"cuda": torch.version.cuda, "driver": ask_gpu("driver_version")}
+    return found
+
+
+def version_of(package: str) -> str | None:
+    """The version that is installed; None where there is none, as of Triton on macOS."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def ask_gpu(what: str) -> str | None:
+    """One number or name from nvidia-smi, if it is there and knows."""
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return printed.splitlines()[0].strip() if printed.strip() else None

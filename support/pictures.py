@@ -42,23 +42,25 @@ class Overlay:
         """shape: (H, W) of the scene."""
         self.classes, self.step = classes, math.ceil(max(shape) / LARGEST_OVERLAY)
         height, width = (math.ceil(length / self.step) for length in shape)
-        self.image = np.zeros((height, width, 3), np.uint8)
-        self.labels = np.full((height, width), IGNORE, np.uint8)
+        self.shown = np.zeros((height, width, 3), np.uint8)
+        self.present: set[int] = set()  # classes
 
     def add(self, top: int, image: np.ndarray, labels: np.ndarray) -> None:
         """The rows from `top` on: image (rows, W, C), labels (rows, W)."""
         first = -top % self.step  # the first of these rows that is shown
         shown = labels[first :: self.step, :: self.step]
+        colours = Image.fromarray(encode_colours(shown, self.classes.colours))
+        pixels = np.ascontiguousarray(image[first :: self.step, :: self.step, :3])
         row = (top + first) // self.step
-        self.labels[row : row + len(shown)] = shown
-        self.image[row : row + len(shown)] = image[first :: self.step, :: self.step, :3]
+        blended = Image.blend(Image.fromarray(pixels), colours, 0.45)
+        self.shown[row : row + len(shown)] = np.asarray(blended)
+        self.present |= {*np.flatnonzero(np.bincount(shown.ravel())).tolist()}
 
     def picture(self) -> Image.Image:
-        classes = self.classes
-        colours = Image.fromarray(encode_colours(self.labels, classes.colours))
-        shown = Image.blend(Image.fromarray(self.image), colours, 0.45)
-        present = np.unique(self.labels)
-        key = legend([(classes.names[i], classes.colours[i]) for i in present if i != IGNORE])
+        """All rows must have been added."""
+        classes, present = self.classes, sorted(self.present - {IGNORE})
+        key = legend([(classes.names[i], classes.colours[i]) for i in present])
+        shown = Image.fromarray(self.shown)
         picture = Image.new("RGB", (max(shown.width, key.width), shown.height + key.height), PAPER)
         picture.paste(shown, (0, 0))
         picture.paste(key, (0, shown.height))

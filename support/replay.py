@@ -56,5 +56,8 @@ class Replayed:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             print(f"  note: not captured as a CUDA graph, so slower: {reason}", file=sys.stderr)
+            # An aborted capture leaves the random generator unusable until another one ends.
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream):
+                torch.zeros(1, device="cuda")
         else:
             self.graph = graph

@@ -1,9 +1,12 @@
 """What every test shares."""
 
+import inspect
 import json
 import os
 import struct
 import zlib
+from functools import cache
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -14,9 +17,32 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 import kernels  # noqa: E402
+from kernels.choose import triton  # noqa: E402
 from support import cli, toy  # noqa: E402
 from support.labels import encode_colours  # noqa: E402
 from support.layouts import ISPRS, POTSDAM, SPLITS  # noqa: E402
+
+
+def quicken_interpreter():
+    """The interpreter replaces Triton's builtins whenever one Triton function calls another, and
+    looks through whole modules for them: 40 % of its time. Here it looks once for each module."""
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    @cache
+    def builtins_of(module):
+        return [(name, member) for name, member in inspect.getmembers(module) if is_builtin(member)]
+
+    def patch_builtin(module, *how):
+        for name, member in builtins_of(module):
+            if getattr(module, name) is member:
+                interpreter._patch_attr(module, name, member, *how)
+
+    interpreter._patch_builtin = patch_builtin
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and triton:
+    quicken_interpreter()
 
 # torch.empty is filled with NaN, so an output that nobody wrote shows.
 torch.use_deterministic_algorithms(True)
@@ -33,6 +59,15 @@ def without_triton():
     """The interpreter is slow: a test that wants the kernels says so by `force("triton")`."""
     with kernels.force("pytorch"):
         yield
+
+
+@pytest.fixture(scope="session")
+def towns():
+    """The first 30 toy scenes, read-only: a quarter of a second each, so they are made once."""
+    found = [toy.scene(seed) for seed in range(30)]
+    for array in chain.from_iterable(found):
+        array.flags.writeable = False
+    return found
 
 
 @pytest.fixture

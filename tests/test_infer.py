@@ -1,6 +1,8 @@
 """infer.py: maps, scores and submissions as a user gets them, and what is said when they cannot."""
 
+import copy
 import functools
+import gc
 import io
 import json
 import shutil
@@ -14,10 +16,11 @@ from PIL import Image
 from torch import nn
 
 import infer
+import kernels
 from ctclm import CTCLM, ModelConfig
 from infer import (
     About,
-    axis_windows,
+    at_precision,
     load_transformer,
     predict,
     predict_classes,
@@ -31,6 +34,7 @@ from support.layouts import IGNORE, LOVEDA, POTSDAM, Classes
 from support.metrics import erode
 from support.protocols import check_submission
 from support.raster import DataError, Rows, open_rows, read_indices, read_tags
+from support.scenes import BatchSize, axis_windows
 
 ERRORS = (DataError, CheckpointError)
 SMALL = ("--window", 64)
@@ -147,7 +151,16 @@ class Greys(torch.nn.Module):
     classes = Classes(("a", "b", "c"), ((0, 0, 0), (99, 99, 99), (255, 0, 0)))
     about = About(classes, "toy", "rgb", step=1, val_miou=0.5)
 
+    def __init__(self):
+        super().__init__()
+        self.calls, self.most = 0, 0  # bytes in tensors; Python knows only of numpy's arrays
+
     def forward(self, images):
+        self.calls += 1
+        if self.calls % 20 == 10:
+            held = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
+            sizes = {storage.data_ptr(): storage.nbytes() for storage in held}
+            self.most = max(self.most, sum(sizes.values()))
         levels = torch.tensor([0.0, 128.0, 255.0]).view(1, 3, 1, 1)
         return -((images[:, :1] - levels).abs()) / 10
 
@@ -157,13 +170,15 @@ def test_memory_is_that_of_a_row_of_windows_however_high_the_scene(
 ):
     """All that Python and numpy allocate from reading to writing, for a scene ten times as high."""
     monkeypatch.setattr(infer.pictures, "LARGEST_OVERLAY", 64)
-    monkeypatch.setattr(geotiff, "STRIP_SIZE", 2**12)
-    options, peaks = {"window": 64, "overlap": 0.25, "device": "cpu"}, []
+    monkeypatch.setattr(geotiff, "BLOCK_SIZE", 2**12)
+    options, peaks, tensors = {"window": 64, "overlap": 0.25, "device": "cpu"}, [], []
     for height in (640, 640, 6400):  # the first time is a warm-up
         image = random_image(height, 96)
         path = write_tiff(tmp_path / f"{height}.tif", image, rows=16, deflate=True)
         tracemalloc.start()
-        infer.write_map(Greys(), path, tmp_path, True, options)
+        student = Greys()
+        infer.write_map(student, path, tmp_path, True, options)
+        tensors.append(student.most)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         expected, _ = predict_classes(Greys(), image, window=64)
@@ -171,18 +186,19 @@ def test_memory_is_that_of_a_row_of_windows_however_high_the_scene(
     # What grows are the places of the strips and a row of weights a window, 0.2 MB of 5760 rows:
     # less than half a byte a pixel, so no array of the scene's size is held anywhere.
     assert peaks[2] - peaks[1] < 0.5 * (6400 - 640) * 96, peaks
+    assert tensors[1] > 0 and tensors[2] - tensors[1] < 0.5 * (6400 - 640) * 96, tensors
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_an_interrupted_map_leaves_nothing(tmp_path, program, best, monkeypatch, suffix):
     Image.fromarray(random_image(200, 64)).save(tmp_path / f"a{suffix}")
-    predict = infer.predict
+    predict_parts = infer.predict_parts
 
     def interrupted(*arguments, **options):
-        yield next(predict(*arguments, **options))
+        yield next(predict_parts(*arguments, **options))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(infer, "predict", interrupted)
+    monkeypatch.setattr(infer, "predict_parts", interrupted)
     arguments = (best, tmp_path / f"a{suffix}", "--out", tmp_path / "m", "--confidence", *SMALL)
     assert program(infer.main, ERRORS, *arguments)[0] == 130
     assert not [*(tmp_path / "m").iterdir()]
@@ -390,6 +406,8 @@ def bad_call(how, tmp_path, best, write_tiff):
         "both jobs": (best, good, "--data", "toy"),
         "window not a multiple": (best, good, "--window", "100"),
         "no window": (best, good, "--window", "0"),
+        "no batch": (best, good, "--batch", "0"),
+        "half precision on a CPU": (best, good, "--precision", "fp16", "--device", "cpu"),
         "all overlap": (best, good, "--overlap", "1"),
         "unknown option": (best, good, "--colour", "red"),
         "not a number": (best, good, "--window", "wide"),
@@ -436,6 +454,8 @@ FAULTS = {
     "both jobs": "give images to map, or --data",
     "window not a multiple": "--window must be a positive multiple of 32; got 100",
     "no window": "--window must be a positive multiple of 32; got 0",
+    "no batch": "--batch must be positive; got 0",
+    "half precision on a CPU": "--precision fp16 is for a GPU",
     "all overlap": "--overlap must be in",
     "unknown option": "unrecognized arguments: --colour",
     "not a number": "argument --window: invalid int value: 'wide'",
@@ -520,32 +540,6 @@ def untrained():
 # --- Windows ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.89])
-@pytest.mark.parametrize("window", [32, 64, 96])
-def test_weights_sum_to_one_at_every_pixel_of_every_length(window, overlap):
-    for length in range(1, 300):
-        starts, weights = axis_windows(length, window, overlap)
-        side = min(window, length)
-        assert weights.shape == (len(starts), side) and (weights > 0).all()
-        total = np.zeros(length)
-        for start, row in zip(starts, weights, strict=True):
-            total[start : start + side] += row
-        # Sums of at most ~10 float64 quotients.
-        np.testing.assert_allclose(total, 1, rtol=0, atol=1e-12)
-        assert starts[0] == 0 and starts[-1] == length - side
-        assert starts == sorted(set(starts))
-        gaps = np.diff(starts)
-        assert not len(gaps) or gaps.max() <= max(1, round(window * (1 - overlap)))
-
-
-def test_weights_by_hand():
-    """10 pixels, windows of 6, a third shared: starts 0 and 4, a ramp over pixels 4 and 5."""
-    starts, weights = axis_windows(10, 6, 1 / 3)
-    assert starts == [0, 4]
-    expected = [1, 1, 1, 1, 2 / 3, 1 / 3]
-    np.testing.assert_allclose(weights, [expected, expected[::-1]])
-
-
 @pytest.mark.parametrize("overlap", [0.0, 0.3, 0.7])
 @pytest.mark.parametrize("H, W", [(1, 1), (20, 33), (64, 64), (100, 131), (257, 65)])
 def test_windows_leave_no_trace(H, W, overlap):
@@ -557,6 +551,74 @@ def test_windows_leave_no_trace(H, W, overlap):
     blended = np.concatenate([p for _, p in parts], axis=1)
     # Convex combinations of equal float32 probabilities.
     np.testing.assert_allclose(blended, whole.numpy(), rtol=0, atol=1e-6)
+
+
+def written_out(model, image, window, overlap, tta):
+    """Class probabilities (K, H, W): one window at a time, in numpy, the whole scene in memory."""
+
+    def softmax_of(pixels):
+        H, W = pixels.shape[:2]
+        pixels = np.pad(pixels, ((0, -H % 32), (0, -W % 32), (0, 0)), "symmetric")
+        images = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+        logits = nn.functional.interpolate(model(images), images.shape[-2:], mode="bilinear")
+        return logits.softmax(dim=1)[0, :, :H, :W].numpy()
+
+    def of_eight(pixels):
+        total = 0
+        for quarter in range(4):
+            turned = np.rot90(pixels, quarter)
+            p = softmax_of(turned) + softmax_of(turned[:, ::-1])[:, :, ::-1]
+            total = total + np.rot90(p, -quarter, axes=(1, 2))
+        return total / np.float32(8)
+
+    H, W = image.shape[:2]
+    rows, row_weights = axis_windows(H, window, overlap)
+    columns, column_weights = axis_windows(W, window, overlap)
+    h, w = min(window, H), min(window, W)
+    scene = np.zeros((6, H, W), np.float32)
+    for top, of_row in zip(rows, row_weights, strict=True):
+        blended = np.zeros((6, h, W), np.float32)
+        for left, of_column in zip(columns, column_weights, strict=True):
+            pixels = image[top : top + h, left : left + w]
+            p = of_eight(pixels) if tta else softmax_of(pixels)
+            weights = np.outer(of_row, of_column).astype(np.float32)
+            blended[:, :, left : left + w] += p * weights
+        scene[:, top : top + h] += blended
+    return scene
+
+
+@pytest.mark.parametrize("tta", [False, True])
+@pytest.mark.parametrize("H, W, overlap", [(20, 33, 0.25), (64, 150, 0.5), (150, 110, 0.25)])
+@torch.no_grad()
+def test_on_a_cpu_every_bit_is_that_of_the_plain_computation(H, W, overlap, tta):
+    student, image = untrained(), random_image(H, W)
+    expected = written_out(student, image, 64, overlap, tta)
+    options = {"window": 64, "overlap": overlap, "tta": tta}
+    found = np.concatenate([p for _, p in predict(student, image, **options)], axis=1)
+    assert np.array_equal(found, expected)
+    classes, confidence = predict_classes(student, image, **options)
+    assert np.array_equal(classes, expected.argmax(axis=0))
+    assert np.array_equal(confidence, expected.max(axis=0))
+
+
+@pytest.mark.parametrize("batch, tta", [(2, False), (5, True), (100, False)])
+def test_the_batch_changes_nothing(batch, tta):
+    """But the last bits of a float: batches reach over rows of windows, and the last is smaller."""
+    student, image, sizes = untrained(), random_image(150, 150), []
+
+    def watched(images):
+        sizes.append(len(images))
+        return student(images)
+
+    options = {"window": 64, "tta": tta}
+    expected = np.concatenate([p for _, p in predict(student, image, **options)], axis=1)
+    parts = predict(watched, image, batch=batch, **options)
+    found = np.concatenate([p for _, p in parts], axis=1)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    times = 8 if tta else 1
+    assert sizes == [
+        n for n in {2: [2] * 4 + [1], 5: [5, 4], 100: [9]}[batch] for _ in range(times)
+    ]
 
 
 def test_parts_are_no_higher_than_a_window():
@@ -586,11 +648,90 @@ def test_a_small_tile_is_mirrored():
         seen.append(images)
         return images[:, :2]
 
-    assert probabilities(student, tile, "cpu").shape == (2, 20, 33)
+    assert probabilities(student, torch.from_numpy(tile)[None]).shape == (1, 2, 20, 33)
     image = seen[0][0].permute(1, 2, 0).numpy()
     assert image.shape == (32, 64, 3) and np.array_equal(image[:20, :33], tile)
     assert np.array_equal(image[20:], image[8:20][::-1])
     assert np.array_equal(image[:, 33:], image[:, 2:33][:, ::-1])
+
+
+# --- Precision and memory of the device ---------------------------------------------------------
+
+
+class Narrow(nn.Module):
+    """A GPU that holds only `most` windows, and class 1 everywhere."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most = most
+
+    def forward(self, images):
+        if len(images) > self.most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return torch.stack([0 * images[:, 0], 9 + 0 * images[:, 0]], dim=1)
+
+
+def test_a_batch_that_does_not_fit_is_halved_for_all_scenes_to_come(capsys):
+    batch, image = BatchSize(16), random_image(200, 200)
+    for _ in range(2):
+        classes, _ = predict_classes(Narrow(3), image, window=64, batch=batch)
+        assert (classes == 1).all() and batch.size == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"{n} windows at a time do not fit into the GPU's memory; going on with {n // 2}"
+        for n in (16, 8, 4)
+    ]
+
+
+def test_one_window_that_does_not_fit_ends_in_a_sentence():
+    with pytest.raises(infer.cli.UsageError, match="does not hold one window; try a smaller --win"):
+        predict_classes(Narrow(0), random_image(64, 64), window=64, batch=4)
+
+
+def test_a_precision_is_that_of_weights_and_features_alone():
+    student, image = untrained(), random_image(64, 96)
+    expected, seen = np.concatenate([p for _, p in predict(student, image)], axis=1), []
+    assert at_precision(student, "auto") is student  # fp32 on a CPU
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    at_precision(student, "bf16")
+    student.head.register_forward_hook(lambda module, features, logits: seen.append(logits))
+    found = np.concatenate([p for _, p in predict(student, image)], axis=1)
+    assert seen[0].dtype == torch.bfloat16 and found.dtype == np.float32
+    assert 0 < np.abs(found - expected).max() < 2e-3  # of probabilities about 1/6
+    assert student.normalise.mean.dtype == student.head.norm.running_var.dtype == torch.float32
+
+
+def test_logits_that_are_not_finite_are_no_map(tmp_path, program, best, monkeypatch):
+    """What half precision makes of weights that are too large for it."""
+    Image.fromarray(random_image(40, 40)).save(tmp_path / "a.png")
+    load = infer.load_transformer
+
+    def too_large(path):
+        student = load(path)
+        student.head.classify.bias.data[2] = torch.inf
+        return student
+
+    monkeypatch.setattr(infer, "load_transformer", too_large)
+    arguments = (best, tmp_path / "a.png", "--out", tmp_path / "m", *SMALL)
+    code, error = program(infer.main, ERRORS, *arguments)
+    assert code == 2 and "the logits are not finite; --precision fp32" in error
+    assert not [*(tmp_path / "m").iterdir()]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_draws_the_same_map():
+    """As a CPU but for 0.5 % of its pixels, at each precision: a student with decided opinions."""
+    student, (image, _) = untrained(), toy.scene(0)
+    with torch.no_grad():
+        student.head.classify.weight *= 30
+    with kernels.force("pytorch"):
+        expected, _ = predict_classes(student, image, window=128)
+    assert np.bincount(expected.ravel(), minlength=6).max() < 0.9 * expected.size
+    for precision in ("fp32", "auto"):
+        on_gpu = at_precision(copy.deepcopy(student).cuda(), precision)
+        for batch in (1, 5, None):
+            found, _ = predict_classes(on_gpu, image, window=128, device="cuda", batch=batch)
+            assert (found != expected).mean() < 0.005, (precision, batch)
 
 
 # --- Files --------------------------------------------------------------------------------------
@@ -607,10 +748,10 @@ class Watched(Rows):
         return self.image[top:bottom]
 
 
-def test_only_one_row_of_windows_is_read_at_a_time():
+def test_at_most_one_row_of_windows_is_read_ahead():
     image = Watched(random_image(300, 80))
     for top, p in predict(Pointwise(), image, window=64, overlap=0.25):
-        assert image.spans[-1][0] == top and p.shape[1] <= 64  # nothing is read ahead
+        assert image.spans[-1][0] <= top + 48 and p.shape[1] <= 64  # one row is read ahead
     assert image.spans == [(top, top + 64) for top in (0, 48, 96, 144, 192)] + [(236, 300)]
 
 
@@ -685,11 +826,11 @@ def test_the_mean_over_eight_orientations():
         right[:, 0, :, W // 2 :] = 20.0
         return right
 
-    tile = random_image(64, 64)
-    plain = probabilities(left, tile, "cpu")
-    assert plain[1, :, :32].min() > 0.99 and plain[1, :, 32:].max() < 0.01
+    tiles = torch.from_numpy(random_image(64, 64))[None].expand(2, -1, -1, -1)
+    plain = probabilities(left, tiles)
+    assert plain[:, 1, :, :32].min() > 0.99 and plain[:, 1, :, 32:].max() < 0.01
     # In the eight orientations each quarter of the tile is on the left four times.
-    assert np.abs(probabilities(left, tile, "cpu", tta=True) - 0.5).max() < 1e-6
+    assert (probabilities(left, tiles, tta=True) - 0.5).abs().max() < 1e-6
 
 
 def test_with_every_orientation_none_is_special():

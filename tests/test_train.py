@@ -152,7 +152,7 @@ def test_interrupted_program_saves_first(small, number):
     )
     while not process.stdout.readline().startswith("deployed:"):
         assert process.poll() is None, process.stderr.read()
-    time.sleep(2)
+    time.sleep(0.5)  # into the first steps
     process.send_signal(number)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number, error
@@ -351,7 +351,8 @@ BAD_OPTIONS = {
     "--seed -1": "--seed must be at least 0",
     "--data potsdam": "--data potsdam needs --root",
     "--data toy --root .": "it takes no --root",
-    "--val-tiles 2_10": "no tiles",
+    "--val-tiles 2_10": "--data toy has no tiles",
+    "--train-tiles 2_10": "it takes no --root, no tiles",
     "--data folder --root /nowhere/at/all": "/nowhere/at/all: no such folder",
     "--resume": "there is nothing to resume",
     "--validations 0": "--validations must be positive; got 0",

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,6 +50,25 @@ def small(tmp_path, write_folder):
     return config
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    """A ratio of times that nobody has to measure."""
+    monkeypatch.setattr(ablation, "step_times", lambda _: 2.5)
+
+
+class ThisProcess:
+    """A pool of no processes, for tests of what is made of finished cells."""
+
+    def __init__(self, *_, **__):
+        self.imap_unordered = map
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
 # --- What the settings share, and where they differ ----------------------------------------------
 
 
@@ -71,8 +91,9 @@ def test_equal_windows_and_equal_initial_transformer_weights_in_every_setting(sm
             assert torch.equal(weights[key], first[2][key]), (name, key)
 
 
-def test_each_seed_has_labels_of_its_own(small):
+def test_each_seed_has_labels_of_its_own(small, towns, monkeypatch):
     """By default on toy: a square in which every class occurs."""
+    monkeypatch.setattr("support.toy.scene", towns.__getitem__)
     config = small()
     for seed, scene in enumerate((0, 1, 0, 1)):
         train_set, (labelled,) = ablation.labelled_scenes(config, seed)
@@ -113,14 +134,17 @@ def test_only_time_and_rate_differ_between_the_options_of_settings(small):
 # --- Cells --------------------------------------------------------------------------------------
 
 
-def test_a_table_goes_on_where_it_stopped(small, program, capsys, monkeypatch):
+def test_a_table_goes_on_where_it_stopped(small, program, measured, monkeypatch):
+    """Its first four cells in this process, the fifth in one of its own."""
     config = small()
     arguments = ["--data", "folder", "--root", config.root, "--steps", 2, "--batch", 2]
     arguments += ["--crop", 32, "--labelled", 1, "--labelled-from", 0, 1, 0, 1, "--device", "cpu"]
     arguments += ["--labelled-side", 0, "--results", config.results, "--out", config.out]
     arguments += ["--jobs", 2]
     settings = ["--settings", "transformer", "frozen", "full"]
-    assert program(ablation.main, ERRORS, *arguments, *settings, "--seeds", 1) == (0, "")
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation, "get_context", lambda _: SimpleNamespace(Pool=ThisProcess))
+        assert program(ablation.main, ERRORS, *arguments, *settings, "--seeds", 1) == (0, "")
     found = read_cells(config.results / "cells.csv")
     assert [(row["setting"], row["seed"]) for row in found] == [
         ("transformer", 0),
@@ -180,10 +204,10 @@ def test_a_cell_that_was_killed_is_finished(small, monkeypatch):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as on POSIX")
 @pytest.mark.parametrize("to_a_run", [False, True])
-def test_an_interrupted_table_saves_its_runs(small, to_a_run):
+def test_an_interrupted_table_saves_its_runs(small, measured, to_a_run):
     """Told to stop, the program or one of its runs: nothing is left running, and all saved."""
     config = small()
-    ablation.prepare(replace(config, steps=100_000))
+    ablation.prepare(replace(config, steps=100_000))  # here, where nothing is measured
     arguments = ["--data", "folder", "--root", config.root, "--steps", 100_000, "--batch", 2]
     arguments += ["--crop", 32, "--labelled", 1, "--labelled-from", 0, 1, 0, 1, "--jobs", 2]
     arguments += ["--seeds", 4, "--device", "cpu"]
@@ -195,7 +219,7 @@ def test_an_interrupted_table_saves_its_runs(small, to_a_run):
     while not all((cell / "output.txt").exists() for cell in cells):
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.2)
-    time.sleep(2)  # a few steps
+    time.sleep(0.5)  # it is written to just before the first step
     run = process.pid
     if to_a_run:
         children = f"/proc/{run}/task/{run}/children"
@@ -279,7 +303,7 @@ def test_bad_options_get_one_sentence(program, tmp_path, small):
     assert code == 2 and "--labelled 2 --labelled-from 1, but there are 2 training" in error
 
 
-def test_the_handler_of_sigterm_is_what_it_was(small, program):
+def test_the_handler_of_sigterm_is_what_it_was(small, program, measured):
     before = signal.getsignal(signal.SIGTERM)
     config = small()
     ablation.prepare(config)

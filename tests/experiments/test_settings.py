@@ -6,7 +6,15 @@ import torch
 
 from ctclm import CNN, CTCLM, ModelConfig, Transformer
 from data import Dataset, Scene
-from experiments.settings import SETTINGS, Ensemble, FrozenCNN, OneBranch, few_labels
+from experiments.settings import (
+    SETTINGS,
+    Ensemble,
+    FrozenCNN,
+    OneBranch,
+    few_labels,
+    fused_cross_entropy,
+    plain_cross_entropy,
+)
 from support import checkpoint
 from support.cli import UsageError
 from support.layouts import Classes
@@ -120,6 +128,16 @@ def test_one_branch_with_the_penalty_learns_what_it_does_beside_another(name):
     for ours, theirs in pairs:
         # The cross entropy is summed in another order; gradients reach 1e-1, most are near 1e-3.
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_fused_cross_entropy_is_the_plain_one():
+    """A GPU takes it from the collaborative loss; the branch that is not there gets no gradient."""
+    z, (_, labels) = torch.randn(2, 3, 16, 16, requires_grad=True), batch()
+    labels[0, :, :30] = 255
+    plain, fused = (f(z, labels, 255) for f in (plain_cross_entropy, fused_cross_entropy))
+    torch.testing.assert_close(fused, plain)
+    gradients = [torch.autograd.grad(loss, z)[0] for loss in (fused, plain)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_all_ignored_is_zero():

@@ -1,6 +1,5 @@
 """kernels/attention.py: equal to the written-out softmax, in float64, whatever the layout."""
 
-import sys
 from itertools import product
 
 import numpy as np
@@ -8,9 +7,9 @@ import pytest
 import torch
 
 from kernels import attention, force
-from kernels.attention import Blocks, attention_reference
-
-module = sys.modules["kernels.attention"]  # `kernels.attention` is the function
+from kernels import attention_triton as module
+from kernels.attention import attention_reference, fused_attention, fused_attention_backward
+from kernels.attention_triton import Blocks
 
 
 def random_qkv(B, h, N, M, D, dtype=torch.float64):
@@ -81,13 +80,14 @@ def test_shapes_that_do_not_fit(q, k, v):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Tiles of 16 queries and chunks of at most 32 keys, so that small shapes have several."""
+    """Tiles of 16 queries, of 32 backward, and of at most 32 keys: small shapes have several."""
 
-    def blocks(M, *_):
-        return Blocks(16, 16 if M <= 16 else 32, 4, 1)
+    def blocks(queries):
+        return lambda M, *_: Blocks(queries, 16 if M <= 16 else 32, 4, 1)
 
-    monkeypatch.setattr(module, "forward_blocks", blocks)
-    monkeypatch.setattr(module, "backward_blocks", blocks)
+    monkeypatch.setattr(module, "forward_blocks", blocks(16))
+    monkeypatch.setattr(module, "query_gradient_blocks", blocks(32))
+    monkeypatch.setattr(module, "key_gradient_blocks", blocks(32))
 
 
 def results(function, inputs, upstream, scale=None):
@@ -142,7 +142,8 @@ def test_kernels_with_several_tiles_to_a_program(device, small_blocks, monkeypat
     """On a GPU large batches have them: here three programs of two tiles, as if the batch were
     large. With two programs the tiles of the second could overlap those of the first unseen."""
     monkeypatch.setattr(module, "FORWARD_PROGRAMS", 4)
-    monkeypatch.setattr(module, "BACKWARD_PROGRAMS", 4)
+    monkeypatch.setattr(module, "QUERY_PROGRAMS", 2)
+    monkeypatch.setattr(module, "KEY_PROGRAMS", 4)
     assert_no_worse([x.to(device) for x in random_qkv(1, 2, 75, 40, 16, torch.float32)], no_worse)
 
 
@@ -239,10 +240,10 @@ def test_registered_with_pytorch(device, small_blocks):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     inputs = [x.to(device).requires_grad_() for x in random_qkv(1, 2, 20, 18, 16, torch.float32)]
     with force("triton"):
-        torch.library.opcheck(module.fused_attention, (*inputs, 0.25), test_utils=checks)
+        torch.library.opcheck(fused_attention, (*inputs, 0.25), test_utils=checks)
         q, k, v = (x.detach() for x in inputs)
         arguments = (torch.randn_like(q), q, k, v, 0.25)
-        torch.library.opcheck(module.fused_attention_backward, arguments, test_utils=checks)
+        torch.library.opcheck(fused_attention_backward, arguments, test_utils=checks)
 
 
 def test_kernels_compile_as_one_graph(device, small_blocks):
@@ -290,7 +291,11 @@ def test_what_no_kernel_can_do(device):
 def test_blocks_are_what_triton_takes(M, D, dtype, shared_memory):
     """Powers of two, no less than a matrix instruction's 16."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    for blocks in (module.forward_blocks, module.backward_blocks):
+    for blocks in (
+        module.forward_blocks,
+        module.query_gradient_blocks,
+        module.key_gradient_blocks,
+    ):
         b = blocks(M, D, dtype, shared_memory)
         assert all(n >= 16 and n & (n - 1) == 0 for n in b[:2])
         assert b.warps in (4, 8)

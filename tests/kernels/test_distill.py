@@ -305,7 +305,8 @@ def test_arguments_that_cannot_be_honoured(change, sentence):
 # --- Three ways to compute it ---------------------------------------------------------------------
 #
 # What the tests above see is the CPU's way, row by row. Here it and the kernels are held against
-# the reference in float64.
+# the reference in float64. The interpreter needs 1 to 2 ms for each row of pixels and class of a
+# program, so shapes are as small as their claim allows.
 
 
 @pytest.fixture
@@ -343,13 +344,14 @@ def on(device, B, K, h, w, dtype, label_dtype=torch.int64, size=2.0):
     return logits, labels.to(device, label_dtype)
 
 
+# With `small_programs`, programs forward and backward in (rows, columns):
 CASES = [
-    ((2, 5, 3, 6), torch.int64, {}),
-    ((1, 2, 3, 17), torch.uint8, {"transfer": "mutual", "temperature": 2.0}),
-    ((3, 7, 1, 1), torch.uint8, {"kappa": 0.1, "temperature": 0.5}),
-    ((1, 16, 2, 5), torch.int32, {"transfer": "transformer_to_cnn"}),
-    ((1, 3, 9, 4), torch.int64, {"transfer": "cnn_to_transformer", "temperature": 3.0}),
-    ((1, 6, 4, 5), torch.uint8, {"transfer": "none"}),
+    ((2, 3, 3, 5), torch.int64, {}),  # (2, 2), (2, 1), for each of two images
+    ((1, 2, 3, 8), torch.uint8, {"transfer": "mutual", "temperature": 2.0}),  # (2, 3), (2, 2)
+    ((2, 7, 1, 1), torch.uint8, {"kappa": 0.1, "temperature": 0.5}),  # nothing but border
+    ((1, 16, 1, 2), torch.int32, {"transfer": "transformer_to_cnn"}),  # the largest K
+    ((1, 3, 5, 2), torch.int64, {"transfer": "cnn_to_transformer", "temperature": 3.0}),  # 3 rows
+    ((1, 6, 2, 3), torch.uint8, {"transfer": "none"}),
 ]
 # The kernels convert to float32 as they load, so half precision differs in that one line.
 TYPED_CASES = [(torch.float32, *case) for case in CASES]
@@ -369,11 +371,19 @@ def test_no_worse_than_the_reference(
     assert_no_worse(path, logits, labels, no_worse, **options)
 
 
-@pytest.mark.parametrize("path", ["pytorch", "triton"])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("transfer", TRANSFERS)
+# The kernels see a transfer as two pairs of numbers: one of them shows what T = 1 leaves out.
+HONOURED = [
+    (transfer, temperature, path)
+    for transfer in TRANSFERS
+    for temperature in (1.0, 2.0)
+    for path in ("pytorch", "triton")
+    if path == "pytorch" or temperature != 1 or transfer == "selective"
+]
+
+
+@pytest.mark.parametrize("transfer, temperature, path", HONOURED)
 def test_every_transfer_is_honoured(transfer, temperature, path, device, small_programs, no_worse):
-    logits, labels = on(device, 1, 3, 3, 4, torch.float32)
+    logits, labels = on(device, 1, 2, 3, 3, torch.float32)
     options = {"transfer": transfer, "temperature": temperature}
     assert_no_worse(path, logits, labels, no_worse, **options)
 
@@ -381,7 +391,7 @@ def test_every_transfer_is_honoured(transfer, temperature, path, device, small_p
 @pytest.mark.parametrize("path", ["pytorch", "triton"])
 def test_a_new_transfer_is_one_line(path, device, small_programs, monkeypatch, no_worse):
     monkeypatch.setitem(TRANSFERS, "new", ((0.25, 0.5), (0.75, -0.25)))
-    logits, labels = on(device, 1, 3, 3, 4, torch.float32)
+    logits, labels = on(device, 1, 2, 2, 3, torch.float32)
     assert_no_worse(path, logits, labels, no_worse, transfer="new")
 
 
@@ -401,8 +411,8 @@ def test_blocks_as_shipped(device, no_worse):
 @pytest.mark.parametrize("path", ["pytorch", "triton"])
 def test_logits_of_any_layout(path, device, small_programs, no_worse):
     """Contiguous, channels last, and every second of a wider tensor."""
-    logits, labels = on(device, 2, 3, 2, 5, torch.float32)
-    wide = torch.randn(2, 6, 2, 10, device=device)
+    logits, labels = on(device, 2, 2, 2, 3, torch.float32)
+    wide = torch.randn(2, 4, 2, 6, device=device)
     for layout in (
         logits,
         [x.contiguous(memory_format=torch.channels_last) for x in logits],
@@ -414,13 +424,13 @@ def test_logits_of_any_layout(path, device, small_programs, no_worse):
 @pytest.mark.parametrize("size", [1e2, 1e4])
 @pytest.mark.parametrize("path", ["pytorch", "triton"])
 def test_extreme_logits(path, size, device, small_programs, no_worse):
-    logits, labels = on(device, 1, 4, 3, 5, torch.float32, size=size)
+    logits, labels = on(device, 1, 3, 2, 3, torch.float32, size=size)
     assert_no_worse(path, logits, labels, no_worse)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_all_ignored_in_the_kernels(dtype, device, small_programs):
-    logits, labels = on(device, 2, 3, 2, 5, dtype)
+    logits, labels = on(device, 1, 3, 2, 3, dtype)
     with force("triton"):
         terms, *grads = terms_and_gradients(
             collaborative_loss, logits, torch.full_like(labels, 255), torch.ones(4)
@@ -431,7 +441,7 @@ def test_all_ignored_in_the_kernels(dtype, device, small_programs):
 
 def test_a_label_that_is_no_class_gives_nan(device, small_programs):
     """A kernel cannot raise; training stops at a loss that is not finite."""
-    logits, labels = on(device, 1, 3, 2, 5, torch.float32)
+    logits, labels = on(device, 1, 3, 2, 3, torch.float32)
     labels[0, 5, 5] = 3
     with force("triton"):
         loss = collaborative_loss(*logits, labels)
@@ -440,7 +450,7 @@ def test_a_label_that_is_no_class_gives_nan(device, small_programs):
 
 @pytest.mark.parametrize("path", ["pytorch", "triton"])
 def test_twice_the_same_bits(path, device, small_programs):
-    logits, labels = on(device, 1, 3, 5, 9, torch.float32)
+    logits, labels = on(device, 1, 2, 3, 3, torch.float32)
     with force(path):
         one, two = (
             terms_and_gradients(collaborative_loss, logits, labels, torch.ones(4)) for _ in "12"
@@ -452,7 +462,7 @@ def test_twice_the_same_bits(path, device, small_programs):
 @pytest.mark.parametrize("path", ["pytorch", "triton"])
 def test_registered_with_pytorch(path, device, small_programs):
     """Fake tensors, autograd and schema agree with what the operations do."""
-    logits, labels = on(device, 1, 3, 3, 5, torch.float32)
+    logits, labels = on(device, 1, 2, 2, 3, torch.float32)
     options = ("selective", 2.0, 0.5, 255)
     # Without "test_aot_dispatch_dynamic": the interpreter wants numbers for sizes.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -469,7 +479,7 @@ def test_registered_with_pytorch(path, device, small_programs):
 
 @pytest.mark.parametrize("path", ["pytorch", "triton"])
 def test_compiles_as_one_graph(path, device, small_programs):
-    logits, labels = on(device, 1, 3, 3, 5, torch.float32)
+    logits, labels = on(device, 1, 2, 2, 3, torch.float32)
     compiled = torch.compile(collaborative_loss, fullgraph=True, backend="aot_eager")
     with force(path):
         wanted = terms_and_gradients(collaborative_loss, logits, labels, torch.ones(4))
@@ -492,7 +502,7 @@ def test_second_derivative_is_refused(path, device, small_programs):
 @pytest.mark.parametrize("path", ["pytorch", "triton"])
 def test_autocast_changes_nothing(path, device, small_programs):
     """The loss is computed in float32 wherever it is called."""
-    logits, labels = on(device, 1, 3, 5, 5, torch.float32)
+    logits, labels = on(device, 1, 2, 2, 3, torch.float32)
     with force(path):
         wanted = terms_and_gradients(collaborative_loss, logits, labels, torch.ones(4))
         with torch.autocast(device.type, torch.bfloat16):

@@ -55,12 +55,33 @@ def test_rows_come_back(tmp_path, name, width):
     assert [*tmp_path.iterdir()] == [tmp_path / name]
 
 
-def test_the_memory_is_one_strip_whatever_the_height(tmp_path):
-    """Less than a strip of rows waits to be written. Apart from it only the offsets grow."""
+def test_colours_come_back(tmp_path):
+    pixels = noise(700, 333, 3)  # in blocks of 262 rows
+    write(tmp_path / "m.png", pixels)
+    with Image.open(tmp_path / "m.png") as image:
+        assert image.mode == "RGB" and np.array_equal(np.asarray(image), pixels)
+    with pytest.raises(ValueError, match="rows of 333 x 3 bytes are expected"):
+        with create(tmp_path / "m.png", pixels.shape) as file:
+            file.append(pixels[..., 0])
+
+
+def test_what_fails_in_a_thread_is_raised(tmp_path, monkeypatch):
+    def fail(self, rows):
+        raise MemoryError("no room to compress")
+
+    monkeypatch.setattr(geotiff.TiffWriter, "compress", fail)
+    with pytest.raises(MemoryError, match="no room to compress"):
+        write(tmp_path / "m.tif", noise(700, 1000))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_memory_is_a_few_strips_whatever_the_height(tmp_path):
+    """Less than a strip waits for its rows, two a thread to be written; only the offsets grow."""
     with create(tmp_path / "m.tif", (4000, 1000)) as file:
         for _ in range(40):
             file.append(noise(100, 1000))
-            assert len(file.waiting) < file.rows_per_strip == geotiff.STRIP_SIZE // 1000
+            assert len(file.waiting) < file.rows_per_block == geotiff.BLOCK_SIZE // 1000
+            assert len(file.compressed) <= 2 * geotiff.THREADS
     assert len(read_tags(tmp_path / "m.tif")[273][1]) == -(-4000 // 262)
 
 

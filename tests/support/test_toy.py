@@ -17,11 +17,6 @@ from support.toy import (
 )
 
 
-@pytest.fixture(scope="module")
-def towns():
-    return [scene(seed) for seed in range(30)]
-
-
 def blobs(mask):
     """The 4-connected sets of pixels, each as an (n, 2) array."""
     left = set(zip(*np.nonzero(mask), strict=True))

@@ -1,0 +1,199 @@
+"""A function of windows, applied to a whole scene: overlapping windows, blended without a seam.
+
+    for part in blend(function, image, window=512, overlap=0.25):
+        part.values                             # (K, rows, W) on the device, from top to bottom
+
+An image of any size is cut into overlapping windows. Each axis has weights that rise and fall
+linearly across an overlap and add up to exactly 1 at every pixel, so blending needs no second pass.
+`blend` walks down the scene one row of windows at a time, and yields rows once no later window can
+change them. Windows are computed in batches, and a batch may reach into the next rows of windows.
+What is in memory depends on the scene's width and on the batch, not on the scene's height. The
+result depends on the windows, not on how the file is stored.
+
+While the device computes, a thread reads the next rows (`ahead`), and another writes the last ones
+(`Behind`). Nothing here waits for a GPU.
+
+Letters: B batch, C channels, H W pixels, h w those of a window, K values a pixel.
+"""
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from support.cli import UsageError
+from support.raster import Rows
+
+# --- Windows --------------------------------------------------------------------------------------
+
+
+def axis_windows(length: int, window: int, overlap: float) -> tuple[list[int], np.ndarray]:
+    """Where windows start along an axis, and the weights in each (number of windows, window).
+
+    Neighbours share at least `overlap` of a window; the last one is moved back to the edge. Weights
+    are > 0, and at every pixel those of the windows that hold it sum to 1.
+    """
+    window = min(window, length)
+    step = max(1, round(window * (1 - overlap)))
+    starts = [*range(0, length - window, step), length - window]
+    ramp = np.minimum(np.arange(1, window + 1), np.arange(window, 0, -1))
+    ramp = np.minimum(ramp, max(1, window - step))  # flat where no neighbour reaches
+    total = np.zeros(length)
+    for start in starts:
+        total[start : start + window] += ramp
+    return starts, np.stack([ramp / total[start : start + window] for start in starts])
+
+
+class Part(NamedTuple):
+    """Finished rows of a scene."""
+
+    top: int  # the first of them
+    pixels: np.ndarray  # (rows, W, C) uint8, of the image
+    values: Tensor  # (K, rows, W) float32, on the device
+
+
+def blend(
+    function: Callable[[Tensor], Tensor],
+    image: np.ndarray | Rows,
+    window: int,
+    overlap: float,
+    device: torch.device,
+    batch: "BatchSize",
+    progress: Callable[[float], None] | None = None,
+) -> Iterator[Part]:
+    """Yield the parts of a scene from top to bottom.
+
+    function: windows (B, h, w, C) uint8 on `device` -> values (B, K, h, w) float32 that may be
+    overwritten; image (H, W, C) uint8 of any size, an array or the rows of a file; window in
+    pixels, overlap as a share of it; progress(share) after each window.
+    """
+    H, W = image.shape[:2]
+    rows, row_weights = axis_windows(H, window, overlap)
+    columns, column_weights = axis_windows(W, window, overlap)
+    height, width = min(window, H), min(window, W)
+    weights = [torch.from_numpy(axis).to(device) for axis in (row_weights, column_weights)]
+    bands: deque[np.ndarray] = deque()  # rows of windows whose blending is not finished
+
+    def read() -> Iterator[tuple[np.ndarray, Tensor]]:
+        for top in rows:
+            band = np.array(image[top : top + height], order="C")  # (height, W, C)
+            yield band, upload(band, device)
+
+    def windows() -> Iterator[Tensor]:
+        for band, on_device in ahead(read()):
+            bands.append(band)
+            yield from (on_device[:, left : left + width] for left in columns)
+
+    values = in_batches(function, windows(), batch)
+    pending = None  # (K, ., W): blended rows from `top` on that later windows still add to
+    for index, top in enumerate(rows):
+        blended = None  # (K, height, W)
+        for column, left in enumerate(columns):
+            p = next(values)  # (K, height, width)
+            if blended is None:
+                blended = p.new_zeros(len(p), height, W)
+            p *= torch.outer(weights[0][index], weights[1][column]).float()
+            blended[:, :, left : left + width] += p
+            if progress:
+                progress((index + (column + 1) / len(columns)) / len(rows))
+        if pending is not None:
+            shared = pending.shape[1]
+            blended[:, :shared] += pending
+        following = rows[index + 1] if index + 1 < len(rows) else H
+        pending = blended[:, following - top :].clone()  # a copy, so that `blended` itself can go
+        yield Part(top, bands.popleft()[: following - top], blended[:, : following - top])
+
+
+def upload(pixels: np.ndarray, device: torch.device) -> Tensor:
+    """To the device. From pinned memory the copy waits for nothing that the GPU still does."""
+    tensor = torch.from_numpy(pixels)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+# --- Batches --------------------------------------------------------------------------------------
+
+
+class BatchSize:
+    """How many windows are computed at a time. It shrinks, for all scenes to come, when a GPU's
+    memory does not hold so many."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    @classmethod
+    def of(cls, size: "BatchSize | int | None", device: str | torch.device) -> "BatchSize":
+        """`size`; None is 1 on a CPU, whose cores one window keeps busy, and 16 on a GPU."""
+        if isinstance(size, cls):
+            return size
+        return cls(size or (16 if torch.device(device).type == "cuda" else 1))
+
+    def halve(self) -> None:
+        if self.size == 1:
+            raise UsageError("the GPU's memory does not hold one window; try a smaller --window")
+        print(
+            f"{self.size} windows at a time do not fit into the GPU's memory; "
+            f"going on with {self.size // 2}",
+            file=sys.stderr,
+        )
+        self.size //= 2
+        torch.cuda.empty_cache()  # blocks in sizes that are no longer asked for
+
+
+def in_batches(
+    function: Callable[[Tensor], Tensor], windows: Iterator[Tensor], batch: BatchSize
+) -> Iterator[Tensor]:
+    """function(windows)[i] for each window i in turn, computed `batch.size` at a time."""
+    waiting: list[Tensor] = []
+    while waiting := waiting + [*islice(windows, max(0, batch.size - len(waiting)))]:
+        try:
+            values = function(torch.stack(waiting[: batch.size]))
+        except torch.OutOfMemoryError:
+            batch.halve()
+            continue
+        waiting = waiting[len(values) :]
+        yield from values
+
+
+# --- Threads --------------------------------------------------------------------------------------
+
+
+def ahead(items: Iterator) -> Iterator:
+    """The same items. A thread makes the next one while the caller uses the last one."""
+    end = object()
+    with ThreadPoolExecutor(1, "ahead") as thread:
+        upcoming = thread.submit(next, items, end)
+        while (item := upcoming.result()) is not end:
+            upcoming = thread.submit(next, items, end)
+            yield item
+
+
+class Behind:
+    """Calls in a thread, one after the other, while the caller prepares the next one.
+
+        with Behind() as behind:
+            for item in items: behind(write, item)      # waits until the last item is written
+
+    What a call raises is raised at the next one, or at the end of the block.
+    """
+
+    def __enter__(self):
+        self.thread, self.last = ThreadPoolExecutor(1, "behind"), None
+        return self
+
+    def __call__(self, function: Callable, *arguments) -> None:
+        if self.last:
+            self.last.result()
+        self.last = self.thread.submit(function, *arguments)
+
+    def __exit__(self, error, *_):
+        self.thread.shutdown()
+        if self.last and error is None:
+            self.last.result()
