@@ -7,6 +7,7 @@ import torch
 
 from ctclm import CTCLM, ModelConfig
 from kernels import force, layer_norm
+from kernels.group_norm import group_norm_reference
 from kernels.norm import fused_layer_norm, fused_layer_norm_backward, layer_norm_reference
 
 module = sys.modules["kernels.norm"]
@@ -177,20 +178,33 @@ def test_autocast(device):
         assert layer_norm(x, weight, bias, EPS, torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_in_the_model_only_the_stream_of_tokens_stays_in_float32(device, monkeypatch):
+def test_in_the_model_only_the_streams_stay_in_float32(device, monkeypatch):
     """Under autocast, and what feeds products comes in the dtype of the products."""
     asked = {}
-    model = CTCLM(ModelConfig(variant="tiny")).transformer.to(device)
+    model = CTCLM(ModelConfig(variant="tiny")).to(device)
     names = {m.weight: name for name, m in model.named_modules() if hasattr(m, "stream")}
 
-    def spy(x, weight, bias, eps, dtype):
+    def layer(x, weight, bias, eps, dtype):
         asked[names[weight]] = dtype
-        return layer_norm_reference(x, weight, bias, eps).to(dtype or x.dtype)
+        return layer_norm_reference(x, weight, bias, eps)
 
-    monkeypatch.setattr("ctclm.layer_norm", spy)
+    def group(x, groups, weight, bias, eps, dtype):
+        asked[names[weight]] = dtype
+        return group_norm_reference(x, groups, weight, bias, eps)
+
+    monkeypatch.setattr("ctclm.layer_norm", layer)
+    monkeypatch.setattr("ctclm.group_norm", group)
     for autocast, wanted in ((False, None), (True, torch.bfloat16)):
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast), torch.no_grad():
             model(255 * torch.rand(1, 3, 32, 32, device=device))
-        assert len(asked) == len(names) == 4 * 2 + 5 * 2 + 1 + 1 + 2
-        for name, dtype in asked.items():
-            assert dtype == (None if name.endswith("embed_norm") else wanted), name
+        # Two a stage, two a block, one for each stage that reduces keys; and of the CNN: stem, head
+        assert len(asked) == (4 * 2 + 5 * 2 + 1 + 1 + 2) + (1 + 4 + 5 * 2 + 1)
+        streams = {name for name, dtype in asked.items() if dtype is None}
+        if autocast:
+            assert {asked[name] for name in set(asked) - streams} == {wanted}
+            assert streams == {
+                *(f"transformer.stages.{s}.embed_norm" for s in range(4)),
+                *(f"cnn.stages.{s}.1" for s in range(4)),
+            }
+        else:
+            assert streams == set(asked)
