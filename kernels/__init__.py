@@ -1,6 +1,7 @@
 """The operations that CTCLM spends its time in, each beside the PyTorch lines it must equal.
 
-    from kernels import attention, collaborative_loss, group_norm, layer_norm, upsample
+    from kernels import attention, collaborative_loss, group_norm, layer_norm
+    from kernels import multiscale_convolution, upsample
 
 The model imports these names only and never asks what hardware there is: choose.py has the one
 rule. `force("pytorch")` and `force("triton")` override it. `python -m experiments.bench` measures.
@@ -10,6 +11,7 @@ from kernels.attention import attention
 from kernels.choose import force
 from kernels.distill import CollaborativeLoss, collaborative_loss, gate
 from kernels.group_norm import group_norm
+from kernels.multiscale import multiscale_convolution
 from kernels.norm import layer_norm
 from kernels.upsample import upsample
 
@@ -21,5 +23,6 @@ __all__ = [
     "gate",
     "group_norm",
     "layer_norm",
+    "multiscale_convolution",
     "upsample",
 ]
