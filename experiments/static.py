@@ -163,20 +163,21 @@ def loss_builds(arch: int) -> list[Build]:
 
 def multiscale_builds() -> list[Build]:
     """A kernel that is turned round has other addresses, read once, and nothing else."""
+    m, found = multiscale, []
     types = dict.fromkeys(("x_ptr", "taps_ptr", "y_ptr", "dy_ptr", "dk_ptr"), "*bf16")
     types |= {"partial_ptr": "*fp32"}
-    sizes = {"CHANNELS": multiscale.CHANNELS, "STRIPS": multiscale.STRIPS}
-    sizes |= {"COLUMNS": multiscale.COLUMNS, "WINDOW": multiscale.WINDOW}
-    convolution, gradient = (
-        sizes | {"TURNED": False},
-        sizes | {"KERNEL_ROWS": multiscale.KERNEL_ROWS},
-    )
-    sums = {"PARTS": multiscale.PARTS, "LANES": multiscale.SUM_LANES}
-    warps = multiscale.CHANNELS
+    for strips in (m.Y_STRIPS, m.Y_STRIPS // 2):
+        sizes = {"CHANNELS": m.CHANNELS, "STRIPS": strips, "COLUMNS": m.Y_COLUMNS}
+        sizes |= {"WINDOW": m.WINDOW, "TURNED": False}
+        name = f"multiscale y bf16 {strips} strips"
+        found.append(Build(name, m.convolution_kernel, types, sizes, m.CHANNELS, 1))
+    sizes = {"CHANNELS": m.CHANNELS, "STRIPS": m.DK_STRIPS, "COLUMNS": m.DK_COLUMNS}
+    sizes |= {"WINDOW": m.WINDOW, "KERNEL_ROWS": m.KERNEL_ROWS}
+    sums = {"PARTS": m.PARTS, "LANES": m.SUM_LANES}
     return [
-        Build("multiscale y bf16", multiscale.convolution_kernel, types, convolution, warps, 1),
-        Build("multiscale dk bf16", multiscale.kernel_gradient_kernel, types, gradient, warps, 1),
-        Build("multiscale sum bf16", multiscale.sum_kernel, types, sums, 4, 3),
+        *found,
+        Build("multiscale dk bf16", m.kernel_gradient_kernel, types, sizes, m.CHANNELS, 1),
+        Build("multiscale sum bf16", m.sum_kernel, types, sums, 4, 3),
     ]
 
 
