@@ -182,12 +182,17 @@ class MultiScaleBlock(nn.Module):
         self.g1, self.g2 = (nn.Parameter(torch.ones(channels)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.g1[:, None, None] * self.leave(self.scales(self.enter(x)))
-        return x + self.g2[:, None, None] * self.ffn(self.norm(x))
+        x = x + scaled(self.leave, self.g1, self.scales(self.enter(x)))
+        return x + self.ffn(self.norm(x), self.g2)
+
+
+def scaled(conv: nn.Conv2d, g: Tensor, x: Tensor) -> Tensor:
+    """g conv(x), g for each channel of the result: in the weights, and not over a whole map."""
+    return F.conv2d(x, g[:, None, None, None] * conv.weight, g * conv.bias)
 
 
 class ConvFFN(nn.Sequential):
-    """1x1 to four times the channels, 3x3 depthwise, GELU, 1x1 back."""
+    """1x1 to four times the channels, 3x3 depthwise, GELU, 1x1 back; times g for each channel."""
 
     def __init__(self, channels: int, expansion: int = 4):
         hidden = expansion * channels
@@ -197,6 +202,12 @@ class ConvFFN(nn.Sequential):
             nn.GELU(),
             nn.Conv2d(hidden, channels, 1),
         )
+
+    def forward(self, x: Tensor, g: Tensor) -> Tensor:
+        *expand, reduce = self
+        for layer in expand:
+            x = layer(x)
+        return scaled(reduce, g, x)
 
 
 class CNN(nn.Module):
@@ -624,7 +635,7 @@ def masked_covariance(h: Tensor, counts: Tensor) -> Tensor:
     rows = to_tokens(h).flatten(0, 1)  # (B * N, D)
     w = counts.flatten()[:, None]
     n = w.sum().clamp(min=1)
-    centred = (rows - (w * rows).sum(0) / n) * w
+    centred = (rows - w.T @ rows / n) * w
     return centred.T @ centred / n
 
 
