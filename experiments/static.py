@@ -60,7 +60,7 @@ from kernels.group_norm import forward_kernel as group_forward
 from kernels.group_norm import gradient_sums_kernel, join_statistics_kernel, join_sums_kernel
 from kernels.group_norm import joined as joined_chunks
 from kernels.group_norm import statistics_kernel as group_statistics
-from kernels.norm import COLUMNS, PROGRAMS, tile_of
+from kernels.norm import PROGRAMS, tile_of, tile_of_parts
 from kernels.norm import backward_kernel as norm_backward
 from kernels.norm import forward_kernel as norm_forward
 from kernels.norm import sum_kernel as norm_sum
@@ -197,8 +197,10 @@ def norm_builds() -> list[Build]:
             name = f"layer norm {way} {dtype} C={C}"
             found.append(Build(name, kernel, types, constants | more, tile.warps, 3))
     sums = dict.fromkeys(("parts_ptr", "dweight_ptr", "dbias_ptr"), "*fp32")
-    constants = {"PARTS": 2 * PROGRAMS, "COLUMNS": COLUMNS}
-    return [*found, Build("layer norm sum", norm_sum, sums, constants, 8, 3)]
+    for parts in (16, 2 * PROGRAMS):  # few of them: of the images in group norm
+        constants = dict(zip(("PARTS", "COLUMNS"), tile_of_parts(parts, 512), strict=True))
+        found.append(Build(f"layer norm sum of {parts}", norm_sum, sums, constants, 8, 3))
+    return found
 
 
 def group_norm_builds() -> list[Build]:

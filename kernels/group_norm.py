@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.choose import jit, on_device_of, tl, triton, use_triton
-from kernels.norm import COLUMNS, LARGEST_ROW, load_rows, split, store_rows, sum_kernel, tile_of
+from kernels.norm import LARGEST_ROW, load_rows, split, store_rows, sum_parts, tile_of
 
 
 def group_norm_reference(
@@ -312,9 +312,7 @@ def fused_group_norm_backward(
             dy, x, statistics, weight, means, dx, P, groups, C, tile.rows, tile.width,
             num_warps=tile.warps,
         )  # fmt: skip
-        sum_kernel[triton.cdiv(C, COLUMNS), 2](
-            sums, dweight, dbias, B, C, triton.next_power_of_2(B), COLUMNS, num_warps=8
-        )
+        sum_parts(sums, dweight, dbias)
     return dx, dweight, dbias
 
 

@@ -183,7 +183,7 @@ def sum_kernel(
 # --- What PyTorch sees ---------------------------------------------------------------------------
 
 # Programs of the backward pass: about four to each processor of a large GPU. Each leaves 2 C sums.
-PROGRAMS, COLUMNS = 512, 8
+PROGRAMS = 512
 
 
 @torch.library.custom_op("ctclm::layer_norm", mutates_args=())
@@ -216,11 +216,21 @@ def fused_layer_norm_backward(
             dy, x, weight, dx, parts, rows, eps, C, tile.rows, tile.width, tiles,
             num_warps=tile.warps,
         )  # fmt: skip
-        sum_kernel[triton.cdiv(C, COLUMNS), 2](
-            parts, dweight, dbias, programs, C, triton.next_power_of_2(programs), COLUMNS,
-            num_warps=8,
-        )  # fmt: skip
+        sum_parts(parts, dweight, dbias)
     return dx, dweight, dbias
+
+
+def sum_parts(parts: Tensor, dweight: Tensor, dbias: Tensor) -> None:
+    """parts (2, parts, C) -> two vectors, in a fixed order."""
+    _, P, C = parts.shape
+    PARTS, COLUMNS = tile_of_parts(P, C)
+    sum_kernel[triton.cdiv(C, COLUMNS), 2](parts, dweight, dbias, P, C, PARTS, COLUMNS, num_warps=8)
+
+
+def tile_of_parts(parts: int, C: int) -> tuple[int, int]:
+    """All parts of as many columns as make 4096 numbers, and of 32 bytes at least."""
+    PARTS = triton.next_power_of_2(parts)
+    return PARTS, max(8, min(triton.next_power_of_2(C), 4096 // PARTS))
 
 
 def split(tiles: int) -> tuple[int, int]:
