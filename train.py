@@ -267,7 +267,7 @@ class Run:
                 save_transformer(self.model, self.config.out / "best.pt", about)
 
     def evaluate(self, dataset: Dataset) -> dict[str, dict]:
-        """The scores of each branch as it is now, on whole scenes."""
+        """The scores of each branch as it is now, on whole scenes, in float32."""
         self.model.eval()
         scores = {}
         for name, branch in self.model.branches.items():

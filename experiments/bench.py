@@ -4,11 +4,13 @@
     python -m experiments.bench attention step --peer       # next to Hugging Face's SegFormer
     python -m experiments.bench loss --compiled --json FILE # next to torch.compile; rows as data
 
-First a check: the kernels must be right on this machine, or nothing is timed. Then the sections:
+First a check: the kernels that are used must be right on this machine, or nothing is timed. Then
+the sections:
 
     attention     at the four stages of a crop of 512 pixels, batch 16
     loss          the collaborative loss at the same size, and the memory that it takes
     multiscale    the CNN's 11 x 11 depthwise convolution at its four stages
+    norm          layer normalisation of the Transformer's tokens at its four stages
     upsample      256 channels from stages 2 to 4 to stage 1, as a head does it
     step          a training step as train.py runs it, where its time goes, and inference
     scene         a large picture mapped from file to file, as infer.py does it
@@ -32,7 +34,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels
 from experiments.bench_model import bench_scene, bench_step
 from experiments.timing import (
     HEAD,
@@ -45,9 +46,11 @@ from experiments.timing import (
     forward,
     rates,
 )
-from kernels import attention, collaborative_loss, upsample
+from kernels import attention, collaborative_loss, layer_norm, upsample
 from kernels.attention import attention_reference
 from kernels.distill import collaborative_loss_reference
+from kernels.multiscale import multiscale_convolution, multiscale_convolution_reference
+from kernels.norm import layer_norm_reference
 from kernels.upsample import upsample_reference
 from support import cli
 from support.machine import describe, keep_freed_memory, pick_device
@@ -78,7 +81,7 @@ STAGES = {1: (16384, 1), 2: (4096, 2), 3: (1024, 5), 4: (256, 8)}  # N queries, 
 GPU_LOSSES = [(16, K, 128) for K in (6, 7, 16)]  # B, K, side of the logits
 CPU_LOSSES = [(4, 7, side) for side in (16, 32, 64)]
 GPU_UPSAMPLING, CPU_UPSAMPLING = (16, 256, 128), (2, 256, 64)  # B, C, side of the result
-MAPS = {1: (32, 128), 2: (64, 64), 3: (160, 32), 4: (256, 16)}  # C, side: the stages of b0's CNN
+MAPS = {1: (32, 128), 2: (64, 64), 3: (160, 32), 4: (256, 16)}  # C, side: b0's stages
 BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -90,11 +93,14 @@ WAYS = {"forward": forward, "both ways": both_ways}
 # --- The check ----------------------------------------------------------------------------------
 
 
-def kernel_errors(device: torch.device) -> list[str]:
-    """What is wrong with the kernels here; empty: nothing. Errors are judged against float64, and
-    may be twice those of PyTorch's operations in the same dtype."""
+def kernel_errors(device: torch.device, sections: tuple[str, ...] = ()) -> list[str]:
+    """What is wrong with the kernels that these sections use, or with any; empty: nothing. Errors
+    are judged against float64, and may be twice those of PyTorch's operations in the same dtype."""
     dtype, wrong = (torch.bfloat16 if device.type == "cuda" else torch.float32), []
+    uses_all = not sections or {"step", "scene"} & {*sections}
     for name, ours, reference, inputs in checked(dtype, device):
+        if not uses_all and name.split()[0] not in sections:
+            continue
         result, again = outputs_and_gradients(ours, inputs), outputs_and_gradients(ours, inputs)
         low = outputs_and_gradients(reference, inputs)
         exact = outputs_and_gradients(reference, [x.double() for x in inputs])
@@ -110,6 +116,7 @@ def kernel_errors(device: torch.device) -> list[str]:
 def checked(dtype, device) -> list[tuple[str, Callable, Callable, list[Tensor]]]:
     """(name, ours, reference, inputs) of each operation."""
     upsampled = [partial(f, size=(64, 96)) for f in (upsample, upsample_reference)]
+    normalised = [partial(f, eps=1e-6) for f in (layer_norm, layer_norm_reference)]
     kernel = torch.randn(16, 1, 11, 11, device=device).to(dtype) / 11
     convolved = [*feature_maps(2, 16, 40, dtype, device)[:1], kernel]
     return [
@@ -120,7 +127,8 @@ def checked(dtype, device) -> list[tuple[str, Callable, Callable, list[Tensor]]]
             *losses(labels_for(2, 40, 72, 7, device)),
             logits(2, 7, 40, 72, dtype, device),
         ),
-        ("multiscale", getattr(kernels, "multiscale_convolution", depthwise), depthwise, convolved),
+        ("multiscale", multiscale_convolution, multiscale_convolution_reference, convolved),
+        ("norm", *normalised, rows_of(500, 96, dtype, device)),
         ("upsample", *upsampled, feature_maps(2, 32, 16, dtype, device)[:1]),
     ]
 
@@ -154,6 +162,11 @@ def feature_maps(B, C, side, dtype, device) -> list[Tensor]:
     """The same map (B, C, side, side) channels-last and contiguous."""
     x = torch.randn(B, C, side, side, device=device).to(dtype)
     return [x.contiguous(memory_format=torch.channels_last), x]
+
+
+def rows_of(rows, C, dtype, device) -> list[Tensor]:
+    """x (rows, C), and a weight and a bias (C,), for a normalisation."""
+    return [torch.randn(*shape, device=device).to(dtype) for shape in ((rows, C), (C,), (C,))]
 
 
 def losses(labels: Tensor) -> tuple[Callable, Callable]:
@@ -282,24 +295,40 @@ def cpu_megabytes(B: int, K: int, side: int) -> dict[str, float]:
 
 
 def bench_multiscale(table: Table, rate: Rates | None, config: "Config") -> None:
-    ours = getattr(kernels, "multiscale_convolution", None)
     B, dtype = (16, torch.bfloat16) if rate else (2, torch.float32)
+    theirs = multiscale_convolution_reference
     for stage, (C, side) in MAPS.items():
         x, contiguous = feature_maps(B, C, side, dtype, table.device)
         kernel = torch.randn(C, 1, 11, 11, device=table.device).to(dtype) / 11
         for way, maps, products in (("forward", 2, 1), ("both ways", 5, 3)):
             measure = WAYS[way]
             makers = {
-                "ours": partial(measure, ours, [x, kernel]),
-                "F.conv2d channels-last": partial(measure, depthwise, [x, kernel]),
-                "F.conv2d contiguous": partial(measure, depthwise, [contiguous, kernel]),
+                "ours": partial(measure, multiscale_convolution, [x, kernel]),
+                "F.conv2d channels-last": partial(measure, theirs, [x, kernel]),
+                "F.conv2d contiguous": partial(measure, theirs, [contiguous, kernel]),
             }
             floor = rate and rate.milliseconds(maps * x.nbytes, products * 242 * x.numel())
             table.compare(f"multiscale stage {stage} C={C} {way}", makers, floor)
 
 
-def depthwise(x: Tensor, kernel: Tensor) -> Tensor:
-    return F.conv2d(x, kernel, padding=5, groups=x.shape[1])
+def bench_norm(table: Table, rate: Rates | None, config: "Config") -> None:
+    """float32 in, as the residual stream is, and out what the products after it take."""
+    B, dtype = (16, torch.bfloat16) if rate else (2, torch.float32)
+    ours = partial(layer_norm, eps=1e-6, dtype=dtype)
+
+    def theirs(x, weight, bias):
+        return layer_norm_reference(x, weight, bias, eps=1e-6).to(dtype)
+
+    for stage, (C, side) in MAPS.items():
+        inputs = rows_of(B * side * side, C, torch.float32, table.device)
+        for way, nbytes in (
+            ("forward", 4 + dtype.itemsize),
+            ("both ways", 12 + 2 * dtype.itemsize),
+        ):
+            functions = {"ours": ours, "F.layer_norm": theirs}
+            makers = {name: partial(WAYS[way], f, inputs) for name, f in functions.items()}
+            floor = rate and rate.milliseconds(nbytes * inputs[0].numel(), 0)
+            table.compare(f"norm stage {stage} C={C} {way}", makers, floor)
 
 
 def bench_upsample(table: Table, rate: Rates | None, config: "Config") -> None:
@@ -326,6 +355,7 @@ SECTIONS = {
     "attention": bench_attention,
     "loss": bench_loss,
     "multiscale": bench_multiscale,
+    "norm": bench_norm,
     "upsample": bench_upsample,
     "step": bench_step,
     "scene": bench_scene,
@@ -358,7 +388,7 @@ def main(arguments: list[str]) -> None:
     table = Table(device, about, TARGETS, config.json)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     torch.manual_seed(0)
-    if wrong := kernel_errors(device):
+    if wrong := kernel_errors(device, config.sections):
         sys.exit("not timed, for the kernels are wrong here:\n  " + "\n  ".join(wrong))
     print("correct here, and the same bits twice\n")
     rate = rates() if device.type == "cuda" else None

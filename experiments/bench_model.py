@@ -147,30 +147,31 @@ def add_two_runs(table: Table, what: str, variant: str, batch) -> None:
 
 def bench_inference(table: Table, variant: str, sizes, on_gpu: bool, with_peer: bool) -> None:
     """Images on the device -> logits, the whole model in one precision."""
-    precisions = (
-        {"bf16": torch.bfloat16, "fp32": torch.float32} if on_gpu else {"fp32": torch.float32}
-    )
-    for B, side in sizes:
-        for name, dtype in precisions.items():
-            shape, ours = (B, 3, side, side), partial(Transformer, VARIANTS[variant], K, 3)
-            models = {"ours": ours} | (
-                {"transformers": partial(peer, variant)} if with_peer else {}
-            )
+    for precision in ("bf16", "fp32") if on_gpu else ("fp32",):
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+        models = {"ours": (partial(deployed, variant, precision), torch.float32)}
+        if with_peer:
+            models["transformers"] = (lambda dtype=dtype: peer(variant).to(dtype), dtype)
+        for B, side in sizes:
+            shape, device = (B, 3, side, side), table.device
             makers = {
-                how: partial(inference, model, shape, dtype, table.device)
-                for how, model in models.items()
+                how: partial(inference, make, shape, images, device)
+                for how, (make, images) in models.items()
             }
-            what = f"inference {variant} B={B} {side}x{side} {name}"
+            what = f"inference {variant} B={B} {side}x{side} {precision}"
             table.compare(what, makers, timer=step_median)
+
+
+def deployed(variant: str, precision: str) -> nn.Module:
+    return infer.at_precision(Transformer(VARIANTS[variant], K, 3), precision)
 
 
 def inference(make: Callable, shape, dtype: torch.dtype, device: torch.device) -> Callable:
     torch.backends.cudnn.deterministic = False  # train.Run has set it
     with device:
-        model = make().to(dtype).eval()
-    images = torch.randint(256, shape, device=device).to(dtype)
+        model, images = make().eval(), torch.randint(256, shape).to(dtype)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def call():
         return model(images)
 

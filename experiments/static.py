@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernels import multiscale
 from kernels.attention_triton import (
     HEAD_DIMENSIONS,
     HELD_CHUNKS,
@@ -91,7 +92,8 @@ class Compiled(NamedTuple):
 
 
 def builds(arch: int) -> list[Build]:
-    return attention_builds(SHARED_MEMORY[arch]) + loss_builds(arch) + norm_builds()
+    attention = attention_builds(SHARED_MEMORY[arch])
+    return attention + loss_builds(arch) + multiscale_builds() + norm_builds()
 
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # float16 compiles as bfloat16 does
@@ -151,6 +153,25 @@ def loss_builds(arch: int) -> list[Build]:
             name = f"loss backward K={K} T={T:g} {student}"
             found.append(Build(name, loss_backward, types, backward, 2, 3, ragged))
     return found
+
+
+def multiscale_builds() -> list[Build]:
+    """A kernel that is turned round has other addresses, read once, and nothing else."""
+    types = dict.fromkeys(("x_ptr", "taps_ptr", "y_ptr", "dy_ptr", "dk_ptr"), "*bf16")
+    types |= {"partial_ptr": "*fp32"}
+    sizes = {"CHANNELS": multiscale.CHANNELS, "STRIPS": multiscale.STRIPS}
+    sizes |= {"COLUMNS": multiscale.COLUMNS, "WINDOW": multiscale.WINDOW}
+    convolution, gradient = (
+        sizes | {"TURNED": False},
+        sizes | {"KERNEL_ROWS": multiscale.KERNEL_ROWS},
+    )
+    sums = {"PARTS": multiscale.PARTS, "LANES": multiscale.SUM_LANES}
+    warps = multiscale.CHANNELS
+    return [
+        Build("multiscale y bf16", multiscale.convolution_kernel, types, convolution, warps, 1),
+        Build("multiscale dk bf16", multiscale.kernel_gradient_kernel, types, gradient, warps, 1),
+        Build("multiscale sum bf16", multiscale.sum_kernel, types, sums, 4, 3),
+    ]
 
 
 def norm_builds() -> list[Build]:

@@ -168,8 +168,9 @@ def attempt(name: str, make: Callable):
 
 def release() -> None:
     """Give back the GPU memory of whoever is gone, also of those that refer to themselves."""
-    gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def graph_median(call: Callable) -> float:

@@ -44,7 +44,8 @@ def multiscale_convolution(x: Tensor, kernel: Tensor) -> Tensor:
     """Each channel convolved with its own 11 x 11 kernel, zero padding, no bias.
 
     x (B, C, H, W), any strides; kernel (C, 1, 11, 11) of the same dtype -> (B, C, H, W), from a
-    Triton kernel channels-last. Raises ValueError when the shapes do not fit.
+    Triton kernel channels-last. float32 and float64 always run in PyTorch, as does a number of
+    channels that 16 does not divide. Raises ValueError when the shapes do not fit.
     """
     if x.dim() != 4 or kernel.shape != (x.shape[1], 1, 11, 11):
         raise ValueError(
@@ -53,8 +54,8 @@ def multiscale_convolution(x: Tensor, kernel: Tensor) -> Tensor:
         )
     if torch.is_autocast_enabled(x.device.type):  # as F.conv2d does
         x, kernel = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, kernel))
-    same = x.dtype == kernel.dtype and x.dtype in DTYPES
-    if use_triton(x, same and x.shape[1] % 16 == 0 and x.numel() > 0):
+    low = x.dtype == kernel.dtype and x.dtype in DTYPES
+    if low and use_triton(x, x.shape[1] % 16 == 0 and x.numel() > 0):
         return fused_convolution(x, kernel)
     return multiscale_convolution_reference(x, kernel)
 
@@ -68,6 +69,7 @@ WINDOW = 32  # inputs of a strip, COLUMNS + 10, to a power of two
 STRIPS = 16  # of a program
 PROGRAMS = 132  # at least; a large GPU has as many processors, and each holds one
 KERNEL_ROWS = 6  # of dk in a program: two programs have all eleven, one would spill registers
+PARTS, SUM_LANES = 16, 128  # of a program that adds up the parts of dk
 
 
 @jit
@@ -302,7 +304,9 @@ def kernel_gradient(x: Tensor, dy: Tensor) -> Tensor:
             x, dy, partial, B, H, W, C, length, KERNEL_ROWS, CHANNELS, STRIPS, COLUMNS, WINDOW,
             num_warps=CHANNELS, num_stages=1,
         )  # fmt: skip
-        sum_kernel[triton.cdiv(C * 121, 128),](partial, dk, len(partial), C * 121, 16, 128)
+        sum_kernel[triton.cdiv(C * 121, SUM_LANES),](
+            partial, dk, len(partial), C * 121, PARTS, SUM_LANES
+        )
     return dk
 
 

@@ -445,9 +445,9 @@ def test_one_batch_can_be_overfitted_by_both_branches():
     # A learnable map: four quadrants of different classes, which only position can tell apart.
     y = torch.zeros(2, 64, 64, dtype=torch.long)
     y[:, :32, 32:], y[:, 32:, :32], y[1, 32:, 32:] = 1, 2, 3
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for step in range(80):
-        loss = model.objective(model(x), y, ramp_up(step, 80))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(40):
+        loss = model.objective(model(x), y, ramp_up(step, 40))
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()

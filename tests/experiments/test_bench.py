@@ -166,9 +166,7 @@ def test_an_unknown_section_and_a_missing_peer_are_refused(program, monkeypatch)
 
 
 def test_nothing_is_timed_when_a_kernel_errs(monkeypatch):
-    monkeypatch.setattr(
-        bench, "kernel_errors", lambda device: ["attention D=32: tensor 0 errs by 1"]
-    )
+    monkeypatch.setattr(bench, "kernel_errors", lambda *_: ["attention D=32: tensor 0 errs by 1"])
     monkeypatch.setitem(bench.SECTIONS, "attention", lambda *_: pytest.fail("timed"))
     with pytest.raises(SystemExit, match="the kernels are wrong here"):
         bench.main([])

@@ -69,6 +69,10 @@ def test_products_reach_the_matrix_units(committed):
     wanted = [c for c in committed[1] if c.build.startswith("attention") and "fp32" not in c.build]
     assert len(wanted) >= 3 * 16
     assert [c for c in wanted if c.matrix == 0] == []
+    # Batches of products, a channel each, are mma.sync in every generation.
+    wanted = [c for c in committed[1] if c.build in ("multiscale y bf16", "multiscale dk bf16")]
+    assert len(wanted) == 3 * 2
+    assert [c for c in wanted if c.older_matrix == 0] == []
 
 
 def test_a_sample_has_every_kernel_and_generation():

@@ -5,9 +5,10 @@ import torch
 
 from ctclm import CTCLM, ModelConfig
 from experiments.bench import labels_for, logits, losses, outputs_and_gradients, qkv
-from kernels import attention, collaborative_loss, force
+from kernels import attention, collaborative_loss, force, multiscale_convolution
 from kernels.attention import attention_reference
 from kernels.distill import TRANSFERS, collaborative_loss_reference
+from kernels.multiscale import multiscale_convolution_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,6 +57,26 @@ def test_attention(B, h, N, M, D, dtype, no_worse):
         assert torch.equal(attention(*inputs), inputs[2])
         return
     assert_no_worse(attention, attention_reference, inputs, no_worse)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "B, C, H, W",
+    [
+        (4, 32, 128, 128),  # stages 1 to 4 of b0, crops of 512 pixels
+        (4, 64, 64, 64),
+        (4, 160, 32, 32),
+        (4, 256, 16, 16),
+        (2, 512, 16, 16),  # stage 4 of b2
+        (3, 48, 37, 203),  # nothing a multiple of a strip or of a program's rows
+        (2, 16, 3, 2),  # smaller than the kernel
+    ],
+)
+def test_multiscale_convolution(B, C, H, W, dtype, no_worse):
+    x = torch.randn(B, C, H, W, device=CUDA, dtype=dtype)
+    kernel = (torch.randn(C, 1, 11, 11, device=CUDA) / 11).to(dtype)
+    inputs = [x, kernel]
+    assert_no_worse(multiscale_convolution, multiscale_convolution_reference, inputs, no_worse)
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
