@@ -28,7 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import attention, collaborative_loss, layer_norm, multiscale_convolution, upsample
+from kernels import (
+    attention,
+    collaborative_loss,
+    group_norm,
+    layer_norm,
+    multiscale_convolution,
+    upsample,
+)
 from kernels.distill import TRANSFERS
 
 SMALLEST_IMAGE = 32  # stage 4 has stride 32, and stage 1 reduces keys by 8 at stride 4
@@ -83,6 +90,43 @@ class Normalise(nn.Module):
         return (images - self.mean) / self.std
 
 
+# --- Normalisation ------------------------------------------------------------------------------
+
+# Under autocast PyTorch's norms return float32 on a GPU. Most of ours feed only what casts its
+# input (convolutions, linear layers; GELU in between), so they return the dtype of that at once.
+# Not so where a stage's stream begins, to which its blocks add (`stream=True`).
+
+
+def result_dtype(x: Tensor, stream: bool) -> torch.dtype | None:
+    """None: as PyTorch's."""
+    device = x.device.type
+    low = torch.is_autocast_enabled(device) and not stream
+    return torch.get_autocast_dtype(device) if low else None
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm, by our kernel where there is one; (..., C) -> the same."""
+
+    def __init__(self, channels: int, eps: float = 1e-5, stream: bool = False):
+        super().__init__(channels, eps)
+        self.stream = stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps, result_dtype(x, self.stream))
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm, by our kernel where there is one; (B, C, H, W) -> the same."""
+
+    def __init__(self, groups: int, channels: int, stream: bool = False):
+        super().__init__(groups, channels)
+        self.stream = stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = result_dtype(x, self.stream)
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, dtype)
+
+
 # --- The CNN branch -----------------------------------------------------------------------------
 
 
@@ -105,8 +149,7 @@ class MultiScaleConv(nn.Module):
         self.branches = nn.ModuleList(depthwise(channels, size) for size in self.SIZES)
 
     def forward(self, x: Tensor) -> Tensor:
-        # On a GPU GroupNorm leaves (B, C, H, W) in that order; channels-last is four times as fast.
-        b0 = self.local(x.contiguous(memory_format=torch.channels_last))
+        b0 = self.local(x)  # (B, C, H, W)
         return multiscale_convolution(b0, self.merged_kernel())
 
     def merged_kernel(self) -> Tensor:
@@ -170,7 +213,7 @@ class CNN(nn.Module):
         self.stages = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(before, width, 3, stride=2, padding=1),
-                norm(width),
+                norm(width, stream=True),
                 *(MultiScaleBlock(width, encoder) for _ in range(depth)),
             )
             for before, width, depth in zip(previous, widths, variant.depths, strict=True)
@@ -194,31 +237,12 @@ def depthwise(channels: int, size: int) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, bias=False)
 
 
-def norm(channels: int) -> nn.GroupNorm:
+def norm(channels: int, stream: bool = False) -> nn.GroupNorm:
     # Batch statistics of small crops do not hold on whole scenes (a drop of 30 mIoU was measured).
-    return nn.GroupNorm(8, channels)
+    return GroupNorm(8, channels, stream)
 
 
 # --- The Transformer branch ---------------------------------------------------------------------
-
-
-class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm, computed by our kernel where there is one; (..., C) -> the same.
-
-    Under autocast PyTorch's returns float32 on a GPU. Here the result feeds only linear layers and
-    convolutions, which would cast it, so it comes in the autocast dtype at once. Not so where a
-    stage's stream of tokens begins (`stream=True`), to which the blocks add.
-    """
-
-    def __init__(self, channels: int, eps: float = 1e-5, stream: bool = False):
-        super().__init__(channels, eps)
-        self.stream = stream
-
-    def forward(self, x: Tensor) -> Tensor:
-        device, dtype = x.device.type, None  # PyTorch's rule
-        if torch.is_autocast_enabled(device) and not self.stream:
-            dtype = torch.get_autocast_dtype(device)
-        return layer_norm(x, self.weight, self.bias, self.eps, dtype)
 
 
 class SpatialReductionAttention(nn.Module):
@@ -241,7 +265,7 @@ class SpatialReductionAttention(nn.Module):
         if self.reduction > 1:
             x = self.reduce_norm(to_tokens(self.reduce(to_grid(x, H, W))))  # (B, M, C)
         kv = self.key_value(x).view(B, -1, 2, h, D)
-        k, v = kv.permute(2, 0, 3, 1, 4)  # 2 x (B, h, M, D), views
+        k, v = (x.transpose(1, 2) for x in kv.unbind(2))  # 2 x (B, h, M, D), views
         x = attention(q, k, v)  # (B, h, N, D)
         return self.project(x.transpose(1, 2).reshape(B, N, C))
 

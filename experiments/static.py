@@ -55,6 +55,11 @@ from kernels.distill import TRANSFERS
 from kernels.distill_triton import BACKWARD_LANES, CELL_ROWS, FORWARD_LANES
 from kernels.distill_triton import backward_kernel as loss_backward
 from kernels.distill_triton import forward_kernel as loss_forward
+from kernels.group_norm import backward_kernel as group_backward
+from kernels.group_norm import forward_kernel as group_forward
+from kernels.group_norm import gradient_sums_kernel, join_statistics_kernel, join_sums_kernel
+from kernels.group_norm import joined as joined_chunks
+from kernels.group_norm import statistics_kernel as group_statistics
 from kernels.norm import COLUMNS, PROGRAMS, tile_of
 from kernels.norm import backward_kernel as norm_backward
 from kernels.norm import forward_kernel as norm_forward
@@ -93,7 +98,8 @@ class Compiled(NamedTuple):
 
 def builds(arch: int) -> list[Build]:
     attention = attention_builds(SHARED_MEMORY[arch])
-    return attention + loss_builds(arch) + multiscale_builds() + norm_builds()
+    norms = norm_builds() + group_norm_builds()
+    return attention + loss_builds(arch) + multiscale_builds() + norms
 
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # float16 compiles as bfloat16 does
@@ -192,6 +198,30 @@ def norm_builds() -> list[Build]:
     sums = dict.fromkeys(("parts_ptr", "dweight_ptr", "dbias_ptr"), "*fp32")
     constants = {"PARTS": 2 * PROGRAMS, "COLUMNS": COLUMNS}
     return [*found, Build("layer norm sum", norm_sum, sums, constants, 8, 3)]
+
+
+def group_norm_builds() -> list[Build]:
+    """Maps in bfloat16, in 8 groups; C = 1000 in float32. Joined are 64 chunks of an image."""
+    fp32 = ("statistics", "weight", "bias", "parts", "sums", "means")
+    found = []
+    for C, dtype in ((16, "bf16"), (160, "bf16"), (1000, "fp32")):
+        tile = tile_of(C)
+        types = dict.fromkeys((f"{name}_ptr" for name in fp32), "*fp32") | {"eps": "fp32"}
+        types |= dict.fromkeys((f"{name}_ptr" for name in ("x", "y", "dy", "dx")), f"*{dtype}")
+        constants = {"C": C, "ROWS": tile.rows, "WIDTH": tile.width}
+        joined = dict(zip(("CHUNKS", "WIDTH"), joined_chunks(64, C // 8), strict=True))
+        joined |= {"CHANNELS": C // 8}
+        for way, kernel, given in (
+            ("statistics", group_statistics, constants | {"TILES": 8}),
+            ("join statistics", join_statistics_kernel, joined),
+            ("forward", group_forward, constants | {"G": 8}),
+            ("gradient sums", gradient_sums_kernel, constants | {"G": 8, "TILES": 8}),
+            ("join sums", join_sums_kernel, joined),
+            ("backward", group_backward, constants | {"G": 8}),
+        ):
+            name = f"group norm {way} {dtype} C={C}"
+            found.append(Build(name, kernel, types, given, tile.warps, 3))
+    return found
 
 
 def sample() -> list[tuple[int, Build]]:

@@ -1,6 +1,7 @@
 """The operations that CTCLM spends its time in, each beside the PyTorch lines it must equal.
 
-    from kernels import attention, collaborative_loss, layer_norm, multiscale_convolution, upsample
+    from kernels import attention, collaborative_loss, group_norm, layer_norm
+    from kernels import multiscale_convolution, upsample
 
 The model imports these names only and never asks what hardware there is: choose.py has the one
 rule. `force("pytorch")` and `force("triton")` override it. `python -m experiments.bench` measures.
@@ -9,6 +10,7 @@ rule. `force("pytorch")` and `force("triton")` override it. `python -m experimen
 from kernels.attention import attention
 from kernels.choose import force
 from kernels.distill import CollaborativeLoss, collaborative_loss, gate
+from kernels.group_norm import group_norm
 from kernels.multiscale import multiscale_convolution
 from kernels.norm import layer_norm
 from kernels.upsample import upsample
@@ -19,6 +21,7 @@ __all__ = [
     "collaborative_loss",
     "force",
     "gate",
+    "group_norm",
     "layer_norm",
     "multiscale_convolution",
     "upsample",

@@ -13,8 +13,8 @@ kernel's numbers, T_u[w, j] = k[u, w - j]:
     Y_i = sum_u X_{i+u-5} T_u         Y (strips, COLUMNS), X (strips, WINDOW), T (WINDOW, COLUMNS)
     dk[u, v] = the sum along the diagonal w - j = v of sum_i dY_i^T X_{i+u-5}
 
-Half of T is zeros and a sixth of the window lies idle, but the units that multiply matrices are
-fifteen times as fast as the others. A program walks down the rows of its strips, and each row is
+Two thirds of T are zeros, but the units that multiply matrices are fifteen times as fast as the
+others. A program walks down the rows of its strips, and each row is
 read once: the eleven output rows that an input row takes part in are held in registers and move up
 by one with every row.
 

@@ -78,7 +78,7 @@ METHOD = [
           "F.pad(branch.weight, [0, 11 - size] * 2)",
           "test_ctclm.py::test_merged_convolution_equals_the_branches"),
     Fault("ctclm.py", "the CNN has batch normalisation",
-          "return nn.GroupNorm(8, channels)",
+          "return GroupNorm(8, channels)",
           "return nn.BatchNorm2d(channels)",
           "test_ctclm.py::test_cnn_does_not_depend_on_its_neighbours_in_the_batch"),
     Fault("ctclm.py", "keys are reduced at the last stage too",

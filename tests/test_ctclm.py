@@ -20,6 +20,7 @@ from ctclm import (
     TransformerBlock,
     covariance_penalty,
     directed_distances,
+    norm,
     ramp_up,
     to_grid,
     to_tokens,
@@ -37,6 +38,14 @@ def labels(B=2, H=64, W=64, K=6):
 
 
 # --- The CNN ------------------------------------------------------------------------------------
+
+
+def test_the_cnns_norm_is_pytorchs_and_channels_last():
+    """On a GPU PyTorch's is not: here a tensor that is not stands for it."""
+    ours, x = norm(16), torch.randn(2, 16, 3, 5)
+    wanted = F.group_norm(x, 8, ours.weight, ours.bias)
+    assert torch.equal(ours(x), wanted) and wanted.is_contiguous()
+    assert ours(x).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("H, W", [(4, 4), (7, 13), (32, 20)])

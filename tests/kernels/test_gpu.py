@@ -5,10 +5,19 @@ import torch
 
 from ctclm import CTCLM, ModelConfig
 from experiments.bench import labels_for, logits, losses, outputs_and_gradients, qkv
-from kernels import attention, collaborative_loss, force, multiscale_convolution
+from kernels import (
+    attention,
+    collaborative_loss,
+    force,
+    group_norm,
+    layer_norm,
+    multiscale_convolution,
+)
 from kernels.attention import attention_reference
 from kernels.distill import TRANSFERS, collaborative_loss_reference
+from kernels.group_norm import group_norm_reference
 from kernels.multiscale import multiscale_convolution_reference
+from kernels.norm import layer_norm_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -139,6 +148,68 @@ def test_torch_compile():
         compiled = torch.compile(function, fullgraph=True)
         for a, b in zip(outputs_and_gradients(compiled, inputs), wanted, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("x_dtype", [BF16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("y_dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "rows, C",
+    [(65536, 32), (16384, 64), (4096, 160), (1024, 256), (4096, 320), (1024, 512), (999, 1000)],
+)
+def test_layer_norm(rows, C, x_dtype, y_dtype, no_worse):
+    x = (3 + torch.randn(rows, C, device=CUDA)).to(x_dtype)
+    inputs = [x, torch.rand(C, device=CUDA) + 0.5, torch.randn(C, device=CUDA)]
+
+    def ours(x, weight, bias):
+        return layer_norm(x, weight, bias, 1e-6, y_dtype)
+
+    def reference(x, weight, bias):
+        y = layer_norm_reference(x.to(weight.dtype), weight, bias, 1e-6)
+        return y if y.dtype == torch.float64 else y.to(y_dtype)
+
+    assert_no_worse(ours, reference, inputs, no_worse)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outputs_and_gradients(ours, inputs)  # compiled by now: nothing waits for the GPU
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("x_dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("y_dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "B, C, H, W", [(4, 16, 256, 256), (4, 32, 128, 128), (4, 160, 32, 32), (3, 512, 17, 9)]
+)
+def test_group_norm(B, C, H, W, x_dtype, y_dtype, no_worse):
+    x = (3 + torch.randn(B, C, H, W, device=CUDA)).to(x_dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    inputs = [x, torch.rand(C, device=CUDA) + 0.5, torch.randn(C, device=CUDA)]
+
+    def ours(x, weight, bias):
+        return group_norm(x, 8, weight, bias, 1e-5, y_dtype)
+
+    def reference(x, weight, bias):
+        y = group_norm_reference(x.to(weight.dtype), 8, weight, bias, 1e-5)
+        return y if y.dtype == torch.float64 else y.to(y_dtype)
+
+    assert_no_worse(ours, reference, inputs, no_worse)
+    y, dx, *_ = outputs_and_gradients(ours, inputs)
+    for image in (y, dx):
+        assert image.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_layer_norm_compiles():
+    inputs = [torch.randn(2, 1000, 160, device=CUDA), *torch.randn(2, 160, device=CUDA)]
+
+    def function(x, weight, bias):
+        with torch.autocast("cuda", BF16):
+            return layer_norm(x, weight, bias, 1e-6)
+
+    wanted = outputs_and_gradients(function, inputs)
+    assert wanted[0].dtype == torch.float32  # PyTorch's rule
+    compiled = torch.compile(function, fullgraph=True)
+    for a, b in zip(outputs_and_gradients(compiled, inputs), wanted, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_training_step_is_the_references():
