@@ -276,7 +276,7 @@ class SpatialReductionAttention(nn.Module):
         if self.reduction > 1:
             x = self.reduce_norm(to_tokens(self.reduce(to_grid(x, H, W))))  # (B, M, C)
         kv = self.key_value(x).view(B, -1, 2, h, D)
-        k, v = kv.permute(2, 0, 3, 1, 4)  # 2 x (B, h, M, D), views
+        k, v = (x.transpose(1, 2) for x in kv.unbind(2))  # 2 x (B, h, M, D), views
         x = attention(q, k, v)  # (B, h, N, D)
         return self.project(x.transpose(1, 2).reshape(B, N, C))
 
