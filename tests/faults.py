@@ -341,7 +341,7 @@ KERNELS = [
     Fault(ATTENTION_KERNELS, "weights in registers keep an older maximum",
           "weight = tl.exp2(tops[c] - top) / total",
           "weight = 1 / total",
-          SEVERAL_CHUNKS),
+          f"{ATTENTION_TEST}test_slices_of_the_queries"),
     Fault(ATTENTION_KERNELS, "dk and dv have the first slice of queries alone",
           "inside = (part < slices)",
           "inside = (part < 1)",
