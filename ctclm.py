@@ -149,8 +149,7 @@ class MultiScaleConv(nn.Module):
         self.branches = nn.ModuleList(depthwise(channels, size) for size in self.SIZES)
 
     def forward(self, x: Tensor) -> Tensor:
-        # On a GPU GroupNorm leaves (B, C, H, W) in that order; channels-last is four times as fast.
-        b0 = self.local(x.contiguous(memory_format=torch.channels_last))
+        b0 = self.local(x)  # (B, C, H, W)
         return multiscale_convolution(b0, self.merged_kernel())
 
     def merged_kernel(self) -> Tensor:
@@ -183,12 +182,17 @@ class MultiScaleBlock(nn.Module):
         self.g1, self.g2 = (nn.Parameter(torch.ones(channels)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.g1[:, None, None] * self.leave(self.scales(self.enter(x)))
-        return x + self.g2[:, None, None] * self.ffn(self.norm(x))
+        x = x + scaled(self.leave, self.g1, self.scales(self.enter(x)))
+        return x + self.ffn(self.norm(x), self.g2)
+
+
+def scaled(conv: nn.Conv2d, g: Tensor, x: Tensor) -> Tensor:
+    """g conv(x), g for each channel of the result: in the weights, and not over a whole map."""
+    return F.conv2d(x, g[:, None, None, None] * conv.weight, g * conv.bias)
 
 
 class ConvFFN(nn.Sequential):
-    """1x1 to four times the channels, 3x3 depthwise, GELU, 1x1 back."""
+    """1x1 to four times the channels, 3x3 depthwise, GELU, 1x1 back; times g for each channel."""
 
     def __init__(self, channels: int, expansion: int = 4):
         hidden = expansion * channels
@@ -198,6 +202,12 @@ class ConvFFN(nn.Sequential):
             nn.GELU(),
             nn.Conv2d(hidden, channels, 1),
         )
+
+    def forward(self, x: Tensor, g: Tensor) -> Tensor:
+        *expand, reduce = self
+        for layer in expand:
+            x = layer(x)
+        return scaled(reduce, g, x)
 
 
 class CNN(nn.Module):
@@ -266,7 +276,7 @@ class SpatialReductionAttention(nn.Module):
         if self.reduction > 1:
             x = self.reduce_norm(to_tokens(self.reduce(to_grid(x, H, W))))  # (B, M, C)
         kv = self.key_value(x).view(B, -1, 2, h, D)
-        k, v = kv.permute(2, 0, 3, 1, 4)  # 2 x (B, h, M, D), views
+        k, v = (x.transpose(1, 2) for x in kv.unbind(2))  # 2 x (B, h, M, D), views
         x = attention(q, k, v)  # (B, h, N, D)
         return self.project(x.transpose(1, 2).reshape(B, N, C))
 
@@ -625,7 +635,7 @@ def masked_covariance(h: Tensor, counts: Tensor) -> Tensor:
     rows = to_tokens(h).flatten(0, 1)  # (B * N, D)
     w = counts.flatten()[:, None]
     n = w.sum().clamp(min=1)
-    centred = (rows - (w * rows).sum(0) / n) * w
+    centred = (rows - w.T @ rows / n) * w
     return centred.T @ centred / n
 
 

@@ -255,10 +255,8 @@ class Run:
         deployed, *others = scores
         is_best = scores[deployed]["miou"] > self.best["miou"]
         shown = (f"{name} {100 * result['miou']:.1f} %" for name, result in scores.items())
-        print(
-            f"      validation mIoU: {', '.join(shown)}" + (", the best so far" if is_best else ""),
-            flush=True,
-        )
+        best = ", the best so far" if is_best else ""
+        print(f"      validation mIoU: {', '.join(shown)}{best}", flush=True)
         if is_best:
             self.best = scores[deployed] | {"step": self.step} | {k: scores[k] for k in others}
             if deployed == "transformer":

@@ -84,6 +84,7 @@ def batch_of(B: int, side: int) -> tuple[np.ndarray, np.ndarray]:
 
 def our_run(setting: str, variant: str, batch, compiled: bool = False) -> Run:
     """A run of train.py whose windows are always the same."""
+    release()
     B, _, side, _ = batch[0].shape
     torch.manual_seed(0)
     with pick_device("auto"):  # made where it runs: initial weights take long on a CPU
@@ -97,6 +98,7 @@ def our_step(setting: str, variant: str, batch, compiled: bool = False) -> Calla
 
 
 def peer_step(variant: str, batch, device: torch.device, compiled: bool = False) -> Callable:
+    release()
     torch.backends.cudnn.deterministic = False  # its users let cuDNN choose; train.Run does not
     with device:
         model = peer(variant).train()
@@ -133,7 +135,7 @@ def add_two_runs(table: Table, what: str, variant: str, batch) -> None:
     """How many tensors of the weights differ between two runs of a few steps."""
     runs = []
     for _ in range(2):
-        release()
+        run = None  # one at a time
         run = our_run("full", variant, batch)
         for _ in range(TWO_RUNS):
             run.train_step(*batch)
@@ -167,6 +169,7 @@ def deployed(variant: str, precision: str) -> nn.Module:
 
 
 def inference(make: Callable, shape, dtype: torch.dtype, device: torch.device) -> Callable:
+    release()
     torch.backends.cudnn.deterministic = False  # train.Run has set it
     with device:
         model, images = make().eval(), torch.randint(256, shape).to(dtype)

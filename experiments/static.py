@@ -37,16 +37,19 @@ from typing import NamedTuple
 import torch
 
 from kernels import multiscale
-from kernels.attention import (
+from kernels.attention_triton import (
     HEAD_DIMENSIONS,
+    HELD_CHUNKS,
+    SUM_BLOCK,
     Blocks,
-    backward_blocks,
     forward_blocks,
-    statistics_blocks,
+    forward_kernel,
+    key_gradient_blocks,
+    key_gradient_kernel,
+    query_gradient_blocks,
+    query_gradient_kernel,
+    sum_kernel,
 )
-from kernels.attention import backward_kernel as attention_backward
-from kernels.attention import forward_kernel as attention_forward
-from kernels.attention import statistics_kernel as attention_statistics
 from kernels.choose import INTERPRETED, triton
 from kernels.distill import TRANSFERS
 from kernels.distill_triton import BACKWARD_LANES, CELL_ROWS, FORWARD_LANES
@@ -103,21 +106,22 @@ TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # float16 compiles as b
 
 
 def attention_builds(shared_memory: int) -> list[Build]:
-    """M = 256 is what the model has for a crop of 512 pixels. M = 1000 needs several chunks of
-    keys, the last of them in part."""
+    """M = 256 is what the model has for a crop of 512 pixels: no slices of the queries at stages 3
+    and 4. M = 1000 needs several chunks of keys, the last of them in part, and has slices."""
     bf16, fp32 = torch.bfloat16, torch.float32
     found = []
     for dtype, M in ((bf16, 256), (bf16, 1000), (fp32, 1000)):
         for D in HEAD_DIMENSIONS:
-            sizes = (M, D, dtype, shared_memory)
-            backward = backward_blocks(*sizes)
-            kernels = [("forward", attention_forward, forward_blocks(*sizes))]
-            if M > backward.keys:
-                kernels.append(("statistics", attention_statistics, statistics_blocks(*sizes)))
-            kernels.append(("backward", attention_backward, backward))
-            for way, kernel, blocks in kernels:
+            for way, kernel, blocks in (
+                ("forward", forward_kernel, forward_blocks),
+                ("queries", query_gradient_kernel, query_gradient_blocks),
+                ("keys", key_gradient_kernel, key_gradient_blocks),
+            ):
                 name = f"attention {way} {TYPES[dtype]} D={D} M={M}"
-                found.append(attention_build(name, kernel, blocks, M, D, TYPES[dtype]))
+                chosen = blocks(M, D, dtype, shared_memory)
+                found.append(attention_build(name, kernel, chosen, M, D, TYPES[dtype]))
+    types = {"parts_ptr": "*fp32", "dk_ptr": "*bf16", "dv_ptr": "*bf16"}
+    found.append(Build("slices' sum", sum_kernel, types, {"SLICES": 8, "BLOCK": SUM_BLOCK}, 4, 3))
     return found
 
 
@@ -125,12 +129,11 @@ def attention_build(name: str, kernel, blocks: Blocks, M: int, D: int, dtype: st
     chunks = triton.cdiv(M, blocks.keys)
     constants = {"D": D, "QUERIES": blocks.queries, "KEYS": blocks.keys, "TILES": 8}
     constants |= {"CHUNKS": chunks, "RAGGED": M % blocks.keys != 0}
-    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr", "do_ptr"), f"*{dtype}")
-    types |= dict.fromkeys(("statistics_ptr", "dk_ptr", "dv_ptr"), "*fp32")
-    types |= dict.fromkeys(("scale", "scale_2"), "fp32")
-    types |= {"dq_ptr": f"*{dtype}" if chunks == 1 else "*fp32"}
-    if chunks == 1:
-        constants |= {"statistics_ptr": None}
+    if kernel is query_gradient_kernel:
+        constants |= {"HELD": chunks <= HELD_CHUNKS}
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr", "do_ptr", "dq_ptr"), f"*{dtype}")
+    types |= dict.fromkeys(("dk_ptr", "dv_ptr"), f"*{dtype}" if M == 256 else "*fp32")
+    types |= {"statistics_ptr": "*fp32", "scale": "fp32", "scale_2": "fp32"}
     return Build(name, kernel, types, constants, blocks.warps, blocks.stages, ragged=M == 1000)
 
 
@@ -160,20 +163,21 @@ def loss_builds(arch: int) -> list[Build]:
 
 def multiscale_builds() -> list[Build]:
     """A kernel that is turned round has other addresses, read once, and nothing else."""
+    m, found = multiscale, []
     types = dict.fromkeys(("x_ptr", "taps_ptr", "y_ptr", "dy_ptr", "dk_ptr"), "*bf16")
     types |= {"partial_ptr": "*fp32"}
-    sizes = {"CHANNELS": multiscale.CHANNELS, "STRIPS": multiscale.STRIPS}
-    sizes |= {"COLUMNS": multiscale.COLUMNS, "WINDOW": multiscale.WINDOW}
-    convolution, gradient = (
-        sizes | {"TURNED": False},
-        sizes | {"KERNEL_ROWS": multiscale.KERNEL_ROWS},
-    )
-    sums = {"PARTS": multiscale.PARTS, "LANES": multiscale.SUM_LANES}
-    warps = multiscale.CHANNELS
+    for strips in (m.Y_STRIPS, m.Y_STRIPS // 2):
+        sizes = {"CHANNELS": m.CHANNELS, "STRIPS": strips, "COLUMNS": m.Y_COLUMNS}
+        sizes |= {"WINDOW": m.WINDOW, "TURNED": False}
+        name = f"multiscale y bf16 {strips} strips"
+        found.append(Build(name, m.convolution_kernel, types, sizes, m.CHANNELS, 1))
+    sizes = {"CHANNELS": m.CHANNELS, "STRIPS": m.DK_STRIPS, "COLUMNS": m.DK_COLUMNS}
+    sizes |= {"WINDOW": m.WINDOW, "KERNEL_ROWS": m.KERNEL_ROWS}
+    sums = {"PARTS": m.PARTS, "LANES": m.SUM_LANES}
     return [
-        Build("multiscale y bf16", multiscale.convolution_kernel, types, convolution, warps, 1),
-        Build("multiscale dk bf16", multiscale.kernel_gradient_kernel, types, gradient, warps, 1),
-        Build("multiscale sum bf16", multiscale.sum_kernel, types, sums, 4, 3),
+        *found,
+        Build("multiscale dk bf16", m.kernel_gradient_kernel, types, sizes, m.CHANNELS, 1),
+        Build("multiscale sum bf16", m.sum_kernel, types, sums, 4, 3),
     ]
 
 

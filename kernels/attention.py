@@ -2,13 +2,14 @@
 
 Spatial reduction leaves M keys for N queries (M = N / 64 at stage 1; 256 for a crop of 512 pixels,
 at every stage), so the score matrix is tall and thin. The specification is `attention_reference`:
-three lines. On a CPU PyTorch's own attention runs; on a GPU two Triton kernels, because the usual
-ones are made for square score matrices: their backward pass gives each program a block of *keys*,
-and with 256 keys there are two programs to a head. Ours gives each program some of the *queries*.
+three lines. On a CPU PyTorch's own attention runs; on a GPU the kernels of attention_triton.py,
+because the usual ones are made for square score matrices: their backward pass gives each program a
+block of *keys* and all queries, and with 256 keys there are two programs to a head.
 
-Work, for each head of each image: 4 N M D operations forward and 10 N M D backward, and N M
-exponentials each time. Traffic: q, k, v, o once forward; the same and their gradients backward, and
-a float32 partial sum of the keys' and values' gradients for each slice of the queries.
+Work, for each head of each image: 4 N M D operations and N M exponentials forward, 16 N M D and
+2 N M backward. Traffic: q, k, v, o once forward; backward q, k, v and the upstream gradient twice,
+the three gradients once, and where the queries have several slices a float32 partial sum of the
+keys' and values' gradients for each.
 
 Letters: B batch, h heads, N query tokens, M key tokens, D head dimension.
 """
@@ -43,9 +44,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     if torch.is_autocast_enabled(q.device.type):  # as PyTorch's own attention does
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     same = q.dtype == k.dtype == v.dtype != torch.float64
-    if use_triton(q, same and q.shape[3] in HEAD_DIMENSIONS and k.shape[2] > 0 and q.numel() > 0):
+    fits = same and q.shape[3] in HEAD_DIMENSIONS and k.shape[2] > 0 and q.numel() > 0
+    if use_triton(q, fits, faster=not pytorch_is_faster(q, k, v)):
         return fused_attention(q, k, v, scale)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def pytorch_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """In float32: our products are exact, which keeps them off a GPU's matrix units; PyTorch's
+    memory-efficient backend adds up three products in tf32 instead. Its backward pass may add
+    gradients atomically, so where a gradient is wanted ours runs, and two runs are the same."""
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return q.is_cuda and q.dtype == torch.float32 and not gradient
 
 
 # --- What PyTorch sees ---------------------------------------------------------------------------

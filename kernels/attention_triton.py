@@ -3,13 +3,16 @@
 attention.py has the specification. All three hold tiles of scores with a row a query, so that a
 query's maximum and sums stay within a warp.
 
-The gradients of queries and of keys are made by a kernel each. Both compute the scores again, two
-more products than the five that one kernel would need, and each is then small: several programs fit
-into a processor at once, and one computes while another waits. `query_gradient_kernel` gives a
-program some of the queries and all keys; it also normalises: for each query it writes the largest
-score, the sum of the exponentials and sum_m p dp. `key_gradient_kernel` gives a program a block of
-keys and all queries, or a slice of them where there are few keys and many queries. The slices'
-sums are then added in a fixed order by `sum_kernel`. No kernel has an atomic operation.
+The gradients of queries and of keys are made by a kernel each. That takes eight products, where
+one kernel would need five. But that one would hold all keys and walk over the queries, with its
+sums over the keys spread over eight warps: 13 barriers a tile, and no other program beside it in
+the processor. Of these small ones two to four fit in, and one computes while another waits.
+
+`query_gradient_kernel` gives a program some of the queries and all keys; it also normalises: for
+each query it writes the largest score, the sum of the exponentials and sum_m p dp.
+`key_gradient_kernel` gives a program a block of keys and all queries, or a slice of them where
+there are few keys and many queries. The slices' sums are then added by `sum_kernel`, always in the
+same order. No kernel has an atomic operation.
 
 Letters: B batch, h heads, N query tokens, M key tokens, D head dimension.
 """
@@ -56,16 +59,18 @@ def forward_blocks(M: int, D: int, dtype: torch.dtype, shared_memory: int) -> Bl
 
 def query_gradient_blocks(M: int, D: int, dtype: torch.dtype, shared_memory: int) -> Blocks:
     if dtype == torch.float32:
-        return Blocks(32, 32, 4, 1) if D <= 32 else Blocks(16, 32, 8, 1)
-    if M <= 256 and D <= 64:
-        return Blocks(64, max(16, triton.next_power_of_2(M)), 4, 2)
-    return Blocks(64, 64, 4, 1)
+        return Blocks(32, 32, 4, 1) if D <= 32 else Blocks(16, 32 if D <= 64 else 16, 8, 1)
+    if M <= 256 and (D <= 32 or (D == 64 and shared_memory >= LARGE_SHARED_MEMORY)):
+        return Blocks(64, min(128, max(16, triton.next_power_of_2(M))), 4, 2)
+    return Blocks(64, 64, 4, 2 if D <= 32 else 1)
 
 
 def key_gradient_blocks(M: int, D: int, dtype: torch.dtype, shared_memory: int) -> Blocks:
+    """As many keys as a matrix unit of a Hopper chip has rows: what a program owns is short, and
+    three or four fit into a processor."""
     if dtype == torch.float32:
-        return Blocks(32, 32, 4, 1) if D <= 32 else Blocks(16, 32, 8, 1)
-    return Blocks(64, 64, 4, 2)
+        return Blocks(32, 32, 4, 2) if D <= 32 else Blocks(16, 32, 8, 1)
+    return Blocks(64, 64, 8 if D == 128 else 4, 2)
 
 
 @jit
@@ -76,18 +81,19 @@ def load_rows(matrix_ptr, index, row_stride, limit, D: tl.constexpr):
 
 
 @jit
-def scores(queries, keys, m, M, scale_2, RAGGED: tl.constexpr):
-    """log2(e) scale q k^T, (QUERIES, KEYS); minus infinity beyond the last key."""
-    s = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale_2
+def scores(queries, keys, m, M, RAGGED: tl.constexpr):
+    """q k^T, (QUERIES, KEYS); minus infinity beyond the last key."""
+    s = tl.dot(queries, tl.trans(keys), input_precision="ieee")
     return tl.where(m[None, :] < M, s, float("-inf")) if RAGGED else s
 
 
 @jit
-def online_softmax(s, values, top, total, out):
-    """One more chunk of scores s: e = exp2(s - top), with the new maximum; the sums so far are
-    rescaled to it, and e and e v added."""
-    new_top = tl.maximum(top, tl.max(s, 1))
-    e = tl.exp2(s - new_top[:, None])  # (QUERIES, KEYS)
+def online_softmax(s, scale_2, values, top, total, out):
+    """One more chunk of scores s: e = exp2(scale_2 s - top), with the new maximum; the sums so far
+    are rescaled to it, and e and e v added. scale_2 > 0, so that the largest s has the largest
+    product: scaling and subtracting are then one instruction."""
+    new_top = tl.maximum(top, tl.max(s, 1) * scale_2)
+    e = tl.exp2(s * scale_2 - new_top[:, None])  # (QUERIES, KEYS)
     shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(e, 1)
     out = out * shrink[:, None]
@@ -112,7 +118,7 @@ def forward_kernel(
     v_row_stride,
     N,
     M,
-    scale_2,  # scale times log2(e): exp2 is what the hardware has
+    scale_2,  # scale times log2(e), positive: exp2 is what the hardware has
     D: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -143,8 +149,8 @@ def forward_kernel(
                 m = c * KEYS + tl.arange(0, KEYS)
                 keys = load_rows(k_ptr, m, k_row_stride, M, D)
                 values = load_rows(v_ptr, m, v_row_stride, M, D)
-            s = scores(queries, keys, m, M, scale_2, RAGGED)
-            _, top, total, out = online_softmax(s, values, top, total, out)
+            s = scores(queries, keys, m, M, RAGGED)
+            _, top, total, out = online_softmax(s, scale_2, values, top, total, out)
         at = n[:, None] * h * D + tl.arange(0, D)[None, :]
         tl.store(o_ptr + at, out / total[:, None], mask=n[:, None] < N)
 
@@ -155,7 +161,7 @@ def query_gradient_kernel(
     k_ptr,
     v_ptr,
     do_ptr,
-    statistics_ptr,  # (3, B, h, N) float32: largest score, 1 / sum of exponentials, sum_m p dp
+    statistics_ptr,  # (3, B, h, N) float32: largest score * scale_2, 1 / sum, sum_m p dp
     dq_ptr,  # (B, N, h, D)
     q_image_stride,
     q_head_stride,
@@ -172,7 +178,7 @@ def query_gradient_kernel(
     N,
     M,
     scale,
-    scale_2,  # scale times log2(e)
+    scale_2,
     D: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -192,7 +198,11 @@ def query_gradient_kernel(
     into one log-sum-exp: added to a score of thousands, the logarithm would be rounded to a
     thousandth.
 
-    Several chunks of keys are read twice: ds needs the sums over all of them.
+    ds needs the sums over all keys. HELD: the weights of all chunks wait for them in registers, and
+    are multiplied in the dtype of the product that they enter. Otherwise all is read twice.
+    sum_m p dp is the product of the upstream gradient and the output, which is computed again.
+    Whatever does not change from tile to tile is computed again too (`disable_licm`): kept in
+    registers, it would make them spill.
     """
     block, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     h, B = tl.num_programs(1), tl.num_programs(2).to(tl.int64)
@@ -211,7 +221,6 @@ def query_gradient_kernel(
     for t in tl.range(TILES, disable_licm=True):
         n = (block * TILES + t) * QUERIES + tl.arange(0, QUERIES)
         queries = load_rows(q_ptr, n, q_row_stride, N, D)
-        upstream = load_rows(do_ptr, n, do_row_stride, N, D)
         top = tl.full((QUERIES,), float("-inf"), tl.float32)
         total = tl.zeros((QUERIES,), tl.float32)
         out = tl.zeros((QUERIES, D), tl.float32)
@@ -220,9 +229,10 @@ def query_gradient_kernel(
             es, tops = (), ()
             for c in tl.static_range(CHUNKS):
                 m = c * KEYS + tl.arange(0, KEYS)
-                s = scores(queries, keys[c], m, M, scale_2, RAGGED)
-                e, top, total, out = online_softmax(s, values[c], top, total, out)
+                s = scores(queries, keys[c], m, M, RAGGED)
+                e, top, total, out = online_softmax(s, scale_2, values[c], top, total, out)
                 es, tops = es + (e.to(queries.dtype),), tops + (top,)
+            upstream = load_rows(do_ptr, n, do_row_stride, N, D)
             delta = tl.sum(out * upstream, 1) / total
             for c in tl.static_range(CHUNKS):
                 dp = tl.dot(upstream, tl.trans(values[c]), input_precision="ieee")
@@ -234,16 +244,17 @@ def query_gradient_kernel(
                 m = c * KEYS + tl.arange(0, KEYS)
                 k = load_rows(k_ptr, m, k_row_stride, M, D)
                 v = load_rows(v_ptr, m, v_row_stride, M, D)
-                s = scores(queries, k, m, M, scale_2, RAGGED)
-                _, top, total, out = online_softmax(s, v, top, total, out)
+                s = scores(queries, k, m, M, RAGGED)
+                _, top, total, out = online_softmax(s, scale_2, v, top, total, out)
+            upstream = load_rows(do_ptr, n, do_row_stride, N, D)
             delta = tl.sum(out * upstream, 1) / total
             for c in range(CHUNKS):
                 m = c * KEYS + tl.arange(0, KEYS)
                 k = load_rows(k_ptr, m, k_row_stride, M, D)
                 v = load_rows(v_ptr, m, v_row_stride, M, D)
-                s = scores(queries, k, m, M, scale_2, RAGGED)
+                s = scores(queries, k, m, M, RAGGED)
                 dp = tl.dot(upstream, tl.trans(v), input_precision="ieee")
-                p = tl.exp2(s - top[:, None]) * (1 / total)[:, None]
+                p = tl.exp2(s * scale_2 - top[:, None]) * (1 / total)[:, None]
                 ds = p * (dp - delta[:, None])
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
         tl.store(statistics_ptr + n, top, mask=n < N)
@@ -277,7 +288,7 @@ def key_gradient_kernel(
     N,
     M,
     scale,
-    scale_2,  # scale times log2(e)
+    scale_2,
     D: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -314,8 +325,8 @@ def key_gradient_kernel(
         top = tl.load(statistics_ptr + n, mask=n < N, other=0.0)
         inverse = tl.load(statistics_ptr + B * h * N + n, mask=n < N, other=0.0)
         delta = tl.load(statistics_ptr + 2 * B * h * N + n, mask=n < N, other=0.0)
-        s = scores(queries, keys, m, M, scale_2, RAGGED)
-        p = tl.exp2(s - top[:, None]) * inverse[:, None]  # (QUERIES, KEYS)
+        s = scores(queries, keys, m, M, RAGGED)
+        p = tl.exp2(s * scale_2 - top[:, None]) * inverse[:, None]  # (QUERIES, KEYS)
         sum_dv = tl.dot(tl.trans(p.to(upstream.dtype)), upstream, sum_dv, input_precision="ieee")
         dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
         ds = (p * (dp - delta[:, None])).to(queries.dtype)
@@ -351,6 +362,8 @@ def sum_kernel(
 
 
 def triton_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if scale < 0:
+        return triton_forward(-q, k, v, -scale)
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     B, h, N, D = q.shape
     M = k.shape[2]
@@ -361,7 +374,7 @@ def triton_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     sizes = (D, queries, keys, tiles, triton.cdiv(M, keys), M % keys != 0)
     with on_device_of(q):
         forward_kernel[triton.cdiv(N, queries * tiles), h, B](
-            q, k, v, o, *strides, N, M, scale * LOG2_E, *sizes, num_warps=warps, num_stages=stages
+            q, k, v, o, *strides, N, M, positive(scale), *sizes, num_warps=warps, num_stages=stages
         )
     return o
 
@@ -369,11 +382,14 @@ def triton_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def triton_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if scale < 0:
+        dq, dk, dv = triton_backward(do, -q, k, v, -scale)
+        return -dq, dk, dv
     do, q, k, v = (rows_contiguous(x) for x in (do, q, k, v))
     B, h, N, D = q.shape
     M = k.shape[2]
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
-    numbers = (*strides, N, M, scale, scale * LOG2_E, D)
+    numbers = (*strides, N, M, scale, positive(scale), D)
     statistics = q.new_empty(3, B, h, N, dtype=torch.float32)
     dq, dk, dv = heads_last(q), heads_last(k), heads_last(v)
     with on_device_of(q):
@@ -403,6 +419,11 @@ def triton_backward(
     return dq, dk, dv
 
 
+def positive(scale: float) -> float:
+    """scale_2 of the kernels. Of a scale of 0 next to nothing: minus infinity times it stays so."""
+    return max(scale * LOG2_E, 1e-30)
+
+
 def heads_last(x: Tensor) -> Tensor:
     """Room for (B, h, N, D), in memory (B, N, h, D), which the model wants next."""
     B, h, N, D = x.shape
@@ -415,7 +436,7 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 # Programs that keep a large GPU busy: two to four of each kernel fit into one of its processors.
 FORWARD_PROGRAMS, QUERY_PROGRAMS, KEY_PROGRAMS = 512, 512, 256
-HELD_CHUNKS = 4  # chunks of keys whose weights a program keeps in registers
+HELD_CHUNKS = 2  # chunks of keys whose weights a program keeps in registers
 SUM_BLOCK = 512
 
 

@@ -5,7 +5,8 @@
     everything else                       PyTorch
 
 and PyTorch where no kernel fits (float64, a head dimension without a kernel, logits that are not at
-a quarter of the labels' size) or where Triton is not installed. `force` overrides the rule.
+a quarter of the labels' size), where Triton is not installed, or where PyTorch is faster (attention
+in float32 of which no gradient is wanted). `force` overrides the rule.
 """
 
 import os
@@ -30,14 +31,15 @@ def jit(function):
     return triton.jit(function) if triton else function
 
 
-def use_triton(x: Tensor, fits: bool = True) -> bool:
-    """Whether an operation on x runs as a Triton kernel; `fits`: there is one for these shapes."""
+def use_triton(x: Tensor, fits: bool = True, faster: bool = True) -> bool:
+    """Whether an operation on x runs as a Triton kernel. `fits`: there is one for these shapes;
+    `faster`: than PyTorch, there. Only `force` makes a slower one run."""
     possible = fits and triton is not None and (x.is_cuda or INTERPRETED)
     if _forced == "triton" and not possible:
         raise ValueError(
             f'force("triton"): no kernel can run on {x.dtype} of shape {tuple(x.shape)}, {x.device}'
         )
-    return possible and _forced != "pytorch"
+    return possible and _forced != "pytorch" and (faster or _forced == "triton")
 
 
 def on_device_of(x: Tensor):

@@ -13,8 +13,8 @@ kernel's numbers, T_u[w, j] = k[u, w - j]:
     Y_i = sum_u X_{i+u-5} T_u         Y (strips, COLUMNS), X (strips, WINDOW), T (WINDOW, COLUMNS)
     dk[u, v] = the sum along the diagonal w - j = v of sum_i dY_i^T X_{i+u-5}
 
-Half of T is zeros and a sixth of the window lies idle, but the units that multiply matrices are
-fifteen times as fast as the others. A program walks down the rows of its strips, and each row is
+Two thirds of T are zeros, but the units that multiply matrices are fifteen times as fast as the
+others. A program walks down the rows of its strips, and each row is
 read once: the eleven output rows that an input row takes part in are held in registers and move up
 by one with every row.
 
@@ -64,10 +64,12 @@ def multiscale_convolution(x: Tensor, kernel: Tensor) -> Tensor:
 
 DTYPES = torch.bfloat16, torch.float16  # float32 products of this size would spill registers
 CHANNELS = 8  # of a program, a warp for each
-COLUMNS = 16  # outputs of a strip: what a matrix instruction has
-WINDOW = 32  # inputs of a strip, COLUMNS + 10, to a power of two
-STRIPS = 16  # of a program
-PROGRAMS = 132  # at least; a large GPU has as many processors, and each holds one
+WINDOW = 32  # inputs of a strip, its columns of outputs and 10 more, to a power of two
+# What an H100 was fastest with, at the four stages of b0 (experiments/NOTES.md): all but two in
+# three of its processors busy, for a program of half the rows multiplies ten more in vain.
+Y_COLUMNS, Y_STRIPS = 8, 32  # of a program; half the strips where that leaves too few programs
+DK_COLUMNS, DK_STRIPS = 16, 16
+PROGRAMS = 80  # at least, where there are more than 8 rows to divide
 KERNEL_ROWS = 6  # of dk in a program: two programs have all eleven, one would spill registers
 PARTS, SUM_LANES = 16, 128  # of a program that adds up the parts of dk
 
@@ -281,12 +283,14 @@ def rows_per_program(programs: int, H: int) -> int:
 
 def convolve(x: Tensor, taps: Tensor, turned: bool) -> Tensor:
     B, C, H, W = x.shape
-    strips = triton.cdiv(B * triton.cdiv(W, COLUMNS), STRIPS)
-    length = rows_per_program(strips * C // CHANNELS, H)
+    strips, size = B * triton.cdiv(W, Y_COLUMNS), Y_STRIPS
+    if triton.cdiv(strips, size) * C // CHANNELS * triton.cdiv(H, 8) < PROGRAMS:
+        size //= 2
+    length = rows_per_program(triton.cdiv(strips, size) * C // CHANNELS, H)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     with on_device_of(x):
-        convolution_kernel[strips, C // CHANNELS, triton.cdiv(H, length)](
-            x, taps, y, B, H, W, C, length, turned, CHANNELS, STRIPS, COLUMNS, WINDOW,
+        convolution_kernel[triton.cdiv(strips, size), C // CHANNELS, triton.cdiv(H, length)](
+            x, taps, y, B, H, W, C, length, turned, CHANNELS, size, Y_COLUMNS, WINDOW,
             num_warps=CHANNELS, num_stages=1,
         )  # fmt: skip
     return y
@@ -294,15 +298,16 @@ def convolve(x: Tensor, taps: Tensor, turned: bool) -> Tensor:
 
 def kernel_gradient(x: Tensor, dy: Tensor) -> Tensor:
     B, C, H, W = x.shape
-    strips, halves = triton.cdiv(B * triton.cdiv(W, COLUMNS), STRIPS), triton.cdiv(11, KERNEL_ROWS)
+    strips = triton.cdiv(B * triton.cdiv(W, DK_COLUMNS), DK_STRIPS)
+    halves = triton.cdiv(11, KERNEL_ROWS)
     length = rows_per_program(strips * C // CHANNELS * halves, H)
     pieces = triton.cdiv(H, length)
     partial = x.new_empty(strips * pieces, C, 121, dtype=torch.float32)
     dk = x.new_empty(C, 1, 11, 11)
     with on_device_of(x):
         kernel_gradient_kernel[strips, C // CHANNELS, pieces * halves](
-            x, dy, partial, B, H, W, C, length, KERNEL_ROWS, CHANNELS, STRIPS, COLUMNS, WINDOW,
-            num_warps=CHANNELS, num_stages=1,
+            x, dy, partial, B, H, W, C, length, KERNEL_ROWS, CHANNELS, DK_STRIPS, DK_COLUMNS,
+            WINDOW, num_warps=CHANNELS, num_stages=1,
         )  # fmt: skip
         sum_kernel[triton.cdiv(C * 121, SUM_LANES),](
             partial, dk, len(partial), C * 121, PARTS, SUM_LANES

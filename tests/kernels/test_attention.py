@@ -1,6 +1,7 @@
 """kernels/attention.py: equal to the written-out softmax, in float64, whatever the layout."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,12 @@ import torch
 
 from kernels import attention, force
 from kernels import attention_triton as module
-from kernels.attention import attention_reference, fused_attention, fused_attention_backward
+from kernels.attention import (
+    attention_reference,
+    fused_attention,
+    fused_attention_backward,
+    pytorch_is_faster,
+)
 from kernels.attention_triton import Blocks
 
 
@@ -80,14 +86,14 @@ def test_shapes_that_do_not_fit(q, k, v):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Tiles of 16 queries, of 32 backward, and of at most 32 keys: small shapes have several."""
+    """Tiles of 16 queries, of 32 backward, and a few keys at a time: small shapes have several."""
 
-    def blocks(queries):
-        return lambda M, *_: Blocks(queries, 16 if M <= 16 else 32, 4, 1)
+    def blocks(queries, most):
+        return lambda M, *_: Blocks(queries, 16 if M <= 16 else most, 4, 1)
 
-    monkeypatch.setattr(module, "forward_blocks", blocks(16))
-    monkeypatch.setattr(module, "query_gradient_blocks", blocks(32))
-    monkeypatch.setattr(module, "key_gradient_blocks", blocks(32))
+    monkeypatch.setattr(module, "forward_blocks", blocks(16, 32))
+    monkeypatch.setattr(module, "query_gradient_blocks", blocks(32, 16))
+    monkeypatch.setattr(module, "key_gradient_blocks", blocks(32, 16))
 
 
 def results(function, inputs, upstream, scale=None):
@@ -106,6 +112,7 @@ def assert_no_worse(inputs, no_worse, scale=None):
     sizes = exact[0], *sizes_of_summands(inputs, upstream, scale), exact[3]
     for name, *four in zip(("output", "dq", "dk", "dv"), ours, theirs, exact, sizes, strict=True):
         no_worse(*four, name)
+    return ours
 
 
 def sizes_of_summands(inputs, upstream, scale):
@@ -142,9 +149,42 @@ def test_kernels_with_several_tiles_to_a_program(device, small_blocks, monkeypat
     """On a GPU large batches have them: here three programs of two tiles, as if the batch were
     large. With two programs the tiles of the second could overlap those of the first unseen."""
     monkeypatch.setattr(module, "FORWARD_PROGRAMS", 4)
-    monkeypatch.setattr(module, "QUERY_PROGRAMS", 2)
-    monkeypatch.setattr(module, "KEY_PROGRAMS", 4)
-    assert_no_worse([x.to(device) for x in random_qkv(1, 2, 75, 40, 16, torch.float32)], no_worse)
+    monkeypatch.setattr(module, "QUERY_PROGRAMS", 4)
+    monkeypatch.setattr(module, "KEY_PROGRAMS", 12)
+    assert_no_worse([x.to(device) for x in random_qkv(1, 2, 170, 40, 16, torch.float32)], no_worse)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("programs, slices", [(1, 1), (8, 3), (100, 5)])
+def test_slices_of_the_queries(
+    programs, slices, dtype, device, small_blocks, monkeypatch, no_worse
+):
+    """One slice writes dk and dv itself; several are added up. As the model wants them next: in
+    their dtype, heads beside each other."""
+    counted = []
+    sum_kernel = module.sum_kernel
+    monkeypatch.setattr(module, "KEY_PROGRAMS", programs)
+    monkeypatch.setattr(module, "sum_kernel", spy(sum_kernel, lambda *sizes: counted.append(sizes)))
+    inputs = [x.to(device) for x in random_qkv(1, 2, 130, 20, 16, dtype)]
+    _, dq, dk, dv = assert_no_worse(inputs, no_worse)
+    assert [c[3] for c in counted] == [slices] * (slices > 1)
+    for grad, x in ((dq, inputs[0]), (dk, inputs[1]), (dv, inputs[2])):
+        assert grad.dtype == dtype and grad.shape == x.shape
+        assert grad.transpose(1, 2).is_contiguous()
+
+
+def spy(kernel, see):
+    """The kernel, and what it is launched with."""
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                see(*arguments)
+                kernel[grid](*arguments, **options)
+
+            return launch
+
+    return Spy()
 
 
 @pytest.mark.parametrize(
@@ -170,11 +210,19 @@ def test_kernels_with_large_scores(size, device, small_blocks, no_worse):
     assert_no_worse([size * q, k, v], no_worse)
 
 
+CHUNKS = [
+    30,
+    40,
+    70,
+]  # keys: a chunk, two whose weights stay in registers, three that are read twice
+
+
 @pytest.fixture
 def backward_rounds_scores_otherwise(device, small_blocks, monkeypatch):
-    """As on a machine that adds up k q^T in another order than q k^T: each product with a row a key
-    comes out two units in the last place larger. Only the backward pass has such products, of 32
-    rows with `small_blocks`; the forward pass has 16, a row a query."""
+    """As on a machine that adds up a product in another order for another tile: each one of 32
+    rows comes out two units in the last place larger. With `small_blocks` the backward pass has
+    such tiles of queries; the forward pass has 16 rows. Backward blocks of keys have 16 too, so
+    that scores with a row a key would not fit sums over scores with a row a query."""
     if device.type == "cuda":
         pytest.skip("products on a GPU are not the interpreter's")
     matmul = np.matmul
@@ -186,7 +234,7 @@ def backward_rounds_scores_otherwise(device, small_blocks, monkeypatch):
     monkeypatch.setattr(np, "matmul", perturbed)
 
 
-@pytest.mark.parametrize("M", [30, 40])  # one chunk of keys and two
+@pytest.mark.parametrize("M", CHUNKS)
 @pytest.mark.parametrize("size", [1.0, 10.0, 1000.0])
 def test_gradients_do_not_hang_on_the_rounding_of_the_forward_pass(
     size, M, backward_rounds_scores_otherwise, no_worse
@@ -195,7 +243,7 @@ def test_gradients_do_not_hang_on_the_rounding_of_the_forward_pass(
     assert_no_worse([size * q, k, v], no_worse)
 
 
-@pytest.mark.parametrize("M", [30, 40])
+@pytest.mark.parametrize("M", CHUNKS)
 @pytest.mark.parametrize("size", [1.0, 1000.0, 1e8])
 def test_backward_weights_sum_to_one(size, M, backward_rounds_scores_otherwise):
     """dv = p^T do: with do = 1 each column of dv adds up to the number of queries."""
@@ -208,7 +256,7 @@ def test_backward_weights_sum_to_one(size, M, backward_rounds_scores_otherwise):
     assert dq.isfinite().all() and dk.isfinite().all()
 
 
-@pytest.mark.parametrize("M", [30, 40])
+@pytest.mark.parametrize("M", CHUNKS)
 def test_score_gradients_sum_to_zero(M, backward_rounds_scores_otherwise):
     """dq = ds k: where all keys are the same, a query moves nothing."""
     q, k, v = random_qkv(1, 2, 20, M, 16, torch.float32)
@@ -273,6 +321,21 @@ def test_autocast_lowers_the_precision(path, device, small_blocks):
         result = attention(*inputs)
         low = attention(*(x.half() for x in inputs))
     assert result.dtype == torch.float16 and torch.equal(result, low)
+
+
+def test_float32_without_gradient_is_left_to_pytorch_on_a_gpu():
+    """Its kernel is faster there; ours gives the same gradients twice."""
+
+    def tensor(dtype=torch.float32, is_cuda=True, requires_grad=False):
+        return SimpleNamespace(dtype=dtype, is_cuda=is_cuda, requires_grad=requires_grad)
+
+    plain, learning = tensor(), tensor(requires_grad=True)
+    assert pytorch_is_faster(plain, plain, plain)
+    assert not pytorch_is_faster(plain, learning, plain)
+    with torch.no_grad():
+        assert pytorch_is_faster(plain, learning, plain)
+    assert not pytorch_is_faster(*3 * [tensor(torch.bfloat16)])
+    assert not pytorch_is_faster(*3 * [tensor(is_cuda=False)])  # in the interpreter
 
 
 def test_what_no_kernel_can_do(device):

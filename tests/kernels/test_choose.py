@@ -17,7 +17,9 @@ def test_the_rule(x, monkeypatch, device):
     assert choose.use_triton(x.to(device)) == (device.type == "cuda")
     monkeypatch.setattr(choose, "INTERPRETED", True)
     assert choose.use_triton(x)
-    assert not choose.use_triton(x, fits=False)
+    assert not choose.use_triton(x, fits=False) and not choose.use_triton(x, faster=False)
+    with force("triton"):
+        assert choose.use_triton(x, faster=False)
     monkeypatch.setattr(choose, "triton", None)
     assert not choose.use_triton(x)
 

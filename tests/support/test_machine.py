@@ -45,3 +45,13 @@ def test_a_report_names_hardware_and_versions():
     assert found["torch"] == torch.__version__ and found["python"] == platform.python_version()
     assert f"{os.cpu_count()} cores" in found["device"]
     json.dumps(found)
+
+
+def test_a_gpu_is_named_with_its_driver_where_nvidia_smi_knows_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = machine.describe(torch.device("cuda"))
+    assert found["device"] == "NVIDIA H100" and found["driver"] is None
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 580.159.04\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert machine.describe(torch.device("cuda"))["driver"] == "580.159.04"
