@@ -212,8 +212,9 @@ def group_norm_builds() -> list[Build]:
         types = dict.fromkeys((f"{name}_ptr" for name in fp32), "*fp32") | {"eps": "fp32"}
         types |= dict.fromkeys((f"{name}_ptr" for name in ("x", "y", "dy", "dx")), f"*{dtype}")
         constants = {"C": C, "ROWS": tile.rows, "WIDTH": tile.width}
-        joined = dict(zip(("CHUNKS", "WIDTH"), joined_chunks(64, C // 8), strict=True))
-        joined |= {"CHANNELS": C // 8}
+        names = ("CHUNKS", "GROUPS", "WIDTH")
+        joined = dict(zip(names, joined_chunks(64, 8, C // 8), strict=True))
+        joined |= {"G": 8, "CHANNELS": C // 8}
         for way, kernel, given in (
             ("statistics", group_statistics, constants | {"TILES": 8}),
             ("join statistics", join_statistics_kernel, joined),

@@ -65,7 +65,7 @@ def group_norm(
 
 # --- The kernels ---------------------------------------------------------------------------------
 
-JOINED = 4096  # partial results at a time: all of a group's in a batch of 16
+JOINED = 4096  # partial results at a time: at least a group's in a batch of 16
 
 
 @jit
@@ -109,32 +109,37 @@ def join_statistics_kernel(
     chunks,
     pixels,  # of a chunk
     eps,
+    G: tl.constexpr,
     CHANNELS: tl.constexpr,  # of a group
     CHUNKS: tl.constexpr,
+    GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Of one group of one image: all squared distances from the common mean (Chan et al., 1979)."""
-    group, image = tl.program_id(0), tl.program_id(1)
-    G, B = tl.num_programs(0), tl.num_programs(1)
-    k, c = tl.arange(0, CHUNKS)[:, None], tl.arange(0, WIDTH)[None, :]
-    parts_ptr += (image * chunks * G + group) * CHANNELS + c
-    total = tl.zeros((CHUNKS, WIDTH), tl.float32)
+    """Of GROUPS groups of one image: all squared distances from the common mean (Chan et al.,
+    1979)."""
+    image, B = tl.program_id(1), tl.num_programs(1)
+    k, c = tl.arange(0, CHUNKS)[:, None, None], tl.arange(0, WIDTH)[None, None, :]
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    column = group[None, :, None] * CHANNELS + c
+    inside = (group < G)[None, :, None] & (c < CHANNELS)
+    parts_ptr += image * chunks * G * CHANNELS
+    total = tl.zeros((CHUNKS, GROUPS, WIDTH), tl.float32)
     for start in range(0, chunks, CHUNKS):
-        inside = (start + k < chunks) & (c < CHANNELS)
-        mean = tl.load(parts_ptr + (start + k) * G * CHANNELS, inside, 0.0)
+        at = parts_ptr + (start + k) * G * CHANNELS + column
+        mean = tl.load(at, inside & (start + k < chunks), 0.0)
         total += mean * tl.minimum(P - (start + k) * pixels, pixels)
-    common = tl.sum(tl.sum(total, 1), 0) / (P * CHANNELS)
-    squares = tl.zeros((CHUNKS, WIDTH), tl.float32)
+    common = tl.sum(tl.sum(total, 2), 0) / (P * CHANNELS)  # (GROUPS,)
+    squares = tl.zeros((CHUNKS, GROUPS, WIDTH), tl.float32)
     for start in range(0, chunks, CHUNKS):
-        inside = (start + k < chunks) & (c < CHANNELS)
-        at = parts_ptr + (start + k) * G * CHANNELS
-        distance = tl.load(at, inside, 0.0) - common
+        at = parts_ptr + (start + k) * G * CHANNELS + column
+        here = inside & (start + k < chunks)
+        distance = tl.load(at, here, 0.0) - common[None, :, None]
         distance *= distance * tl.minimum(P - (start + k) * pixels, pixels)
-        squares += tl.where(inside, distance, 0.0)
-        squares += tl.load(at + B * chunks * G * CHANNELS, inside, 0.0)
-    variance = tl.sum(tl.sum(squares, 1), 0) / (P * CHANNELS)
-    tl.store(statistics_ptr + image * G + group, common)
-    tl.store(statistics_ptr + (B + image) * G + group, tl.rsqrt(variance + eps))
+        squares += tl.where(here, distance, 0.0)
+        squares += tl.load(at + B * chunks * G * CHANNELS, here, 0.0)
+    variance = tl.sum(tl.sum(squares, 2), 0) / (P * CHANNELS)
+    tl.store(statistics_ptr + image * G + group, common, group < G)
+    tl.store(statistics_ptr + (B + image) * G + group, tl.rsqrt(variance + eps), group < G)
 
 
 @jit
@@ -208,26 +213,28 @@ def join_sums_kernel(
     means_ptr,  # (2, B, G) float32: of dy weight z, of dy weight, over a group
     P,
     chunks,
+    G: tl.constexpr,
     CHANNELS: tl.constexpr,  # of a group
     CHUNKS: tl.constexpr,
+    GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Of one group of one image."""
-    group, image = tl.program_id(0), tl.program_id(1)
-    G, B = tl.num_programs(0), tl.num_programs(1)
-    k, c = tl.arange(0, CHUNKS)[:, None], tl.arange(0, WIDTH)
-    channel = group * CHANNELS + c
-    weight = tl.load(weight_ptr + channel, c < CHANNELS, 0.0).to(tl.float32)
-    for which in tl.static_range(2):
-        image += which * B  # the second half of each
-        total = tl.zeros((CHUNKS, WIDTH), tl.float32)
-        for start in range(0, chunks, CHUNKS):
-            at = (image * chunks + start + k) * G * CHANNELS + channel[None, :]
-            inside = (start + k < chunks) & (c < CHANNELS)[None, :]
-            total += tl.load(parts_ptr + at, inside, 0.0)
-        sums = tl.sum(total, 0)
-        tl.store(sums_ptr + image * G * CHANNELS + channel, sums, c < CHANNELS)
-        tl.store(means_ptr + image * G + group, tl.sum(sums * weight, 0) / (P * CHANNELS))
+    """Of GROUPS groups of one image: program (i, image, 0) of dy z, (i, image, 1) of dy."""
+    image = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    k, c = tl.arange(0, CHUNKS)[:, None, None], tl.arange(0, WIDTH)[None, :]
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    column = group[:, None] * CHANNELS + c  # (GROUPS, WIDTH)
+    inside = (group < G)[:, None] & (c < CHANNELS)
+    parts_ptr += image * chunks * G * CHANNELS
+    total = tl.zeros((CHUNKS, GROUPS, WIDTH), tl.float32)
+    for start in range(0, chunks, CHUNKS):
+        at = (start + k) * G * CHANNELS + column[None, :, :]
+        total += tl.load(parts_ptr + at, inside[None, :, :] & (start + k < chunks), 0.0)
+    sums = tl.sum(total, 0)
+    weight = tl.load(weight_ptr + column, inside, 0.0).to(tl.float32)
+    mean = tl.sum(sums * weight, 1) / (P * CHANNELS)
+    tl.store(sums_ptr + image * G * CHANNELS + column, sums, inside)
+    tl.store(means_ptr + image * G + group, mean, group < G)
 
 
 @jit
@@ -278,9 +285,10 @@ def fused_group_norm(
         statistics_kernel[chunks, B](
             x, parts, P, C, tile.rows, tile.width, each, num_warps=tile.warps
         )
-        join_statistics_kernel[groups, B](
-            parts, statistics, P, chunks, each * tile.rows, eps, C // groups,
-            *joined(chunks, C // groups),
+        CHUNKS, GROUPS, WIDTH = joined(chunks, groups, C // groups)
+        join_statistics_kernel[triton.cdiv(groups, GROUPS), B](
+            parts, statistics, P, chunks, each * tile.rows, eps, groups, C // groups, CHUNKS,
+            GROUPS, WIDTH,
         )  # fmt: skip
         forward_kernel[tiles, B](
             x, statistics, weight, bias, y, P, groups, C, tile.rows, tile.width,
@@ -305,8 +313,9 @@ def fused_group_norm_backward(
             dy, x, statistics, parts, P, groups, C, tile.rows, tile.width, each,
             num_warps=tile.warps,
         )  # fmt: skip
-        join_sums_kernel[groups, B](
-            parts, weight, sums, means, P, chunks, C // groups, *joined(chunks, C // groups)
+        CHUNKS, GROUPS, WIDTH = joined(chunks, groups, C // groups)
+        join_sums_kernel[triton.cdiv(groups, GROUPS), B, 2](
+            parts, weight, sums, means, P, chunks, groups, C // groups, CHUNKS, GROUPS, WIDTH
         )
         backward_kernel[tiles, B](
             dy, x, statistics, weight, means, dx, P, groups, C, tile.rows, tile.width,
@@ -333,10 +342,11 @@ def chunks_of(x: Tensor) -> tuple[int, int, int]:
     return tiles, triton.cdiv(tiles, each), each
 
 
-def joined(chunks: int, channels: int) -> tuple[int, int]:
-    """CHUNKS and WIDTH of the kernels that join."""
-    width = triton.next_power_of_2(channels)
-    return min(triton.next_power_of_2(chunks), max(1, JOINED // width)), width
+def joined(chunks: int, groups: int, channels: int) -> tuple[int, int, int]:
+    """CHUNKS, GROUPS, WIDTH of the kernels that join: as many as make JOINED numbers."""
+    power = triton.next_power_of_2
+    CHUNKS = min(power(chunks), max(1, JOINED // power(channels)))
+    return CHUNKS, min(power(groups), max(1, JOINED // (CHUNKS * power(channels)))), power(channels)
 
 
 @fused_group_norm.register_fake

@@ -99,11 +99,12 @@ def test_kernels_are_no_worse(B, C, groups, H, W, dtype, device, no_worse):
 
 @pytest.mark.parametrize("programs", [1, 8])
 def test_kernels_with_several_chunks_and_tiles(programs, monkeypatch, device, no_worse):
-    """Nine tiles an image, the last in part: one chunk, or five of two tiles, joined in twos."""
+    """Nine tiles an image, the last in part: one chunk, or five of two tiles, joined in twos,
+    a group at a time."""
     monkeypatch.setattr(norm, "PROGRAMS", programs)
     monkeypatch.setattr(module, "JOINED", 32)
     assert module.chunks_of(torch.empty(2, 32, 11, 47)) == {1: (9, 1, 16), 8: (9, 5, 2)}[programs]
-    assert module.joined(5, 16) == (2, 16)
+    assert module.joined(5, 2, 16) == (2, 1, 16)
     check(2, random_inputs(2, 32, 11, 47), device, no_worse)
 
 
