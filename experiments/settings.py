@@ -88,8 +88,8 @@ class OneBranch(nn.Module):
                 penalty = covariance_penalty(h, labelled_positions(valid[:, None].float(), h))
                 decorrelation = decorrelation + penalty / 8  # as much of the loss as in CTCLM
         total = ce + c.decorrelation_weight * decorrelation
-        losses = Losses(total, *[zero] * 8)
-        return losses._replace(**{f"{self.name}_ce": ce}, decorrelation=decorrelation)
+        terms = {"total": total, f"{self.name}_ce": ce, "decorrelation": decorrelation}
+        return Losses(**dict.fromkeys(Losses._fields, zero) | terms)
 
 
 def plain_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
