@@ -25,8 +25,14 @@ demo: $(VENV)/ready
 	@echo "  $(PY) infer.py $(DEMO)/best.pt YOUR.tif --out $(DEMO)/maps"
 	@echo "  $(PY) train.py --data folder --root YOUR_DATA --out runs/mine"
 
+# Two halves side by side, a thread each; the report of the second follows that of the first.
+HALF := tests/kernels tests/experiments
 test: $(VENV)/ready
-	$(PY) -m pytest
+	@export OMP_NUM_THREADS=1; report=$$(mktemp); \
+	$(PY) -m pytest $(HALF:%=--ignore=%) > $$report 2>&1 & others=$$!; \
+	trap 'kill $$others' INT TERM; \
+	$(PY) -m pytest $(HALF); failed=$$?; \
+	wait $$others || failed=1; cat $$report; rm -f $$report; exit $$failed
 
 $(VENV)/bin/ruff: $(VENV)/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check ruff==$(RUFF)

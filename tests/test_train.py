@@ -265,6 +265,16 @@ def test_the_seed_reaches_weights_and_windows(small, tmp_path):
     assert not np.array_equal(one.windows.batch(0)[0], two.windows.batch(0)[0])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compile_is_of_forward_pass_and_objective(small, monkeypatch, compiled):
+    """What is compiled computes the step's losses; the update around it stays as it is."""
+    given = []
+    monkeypatch.setattr(torch, "compile", lambda function: given.append(function) or function)
+    run_ = train.prepare(small(compile=compiled))
+    assert given == [run_.loss] * compiled and run_.config.saved()["compile"] == compiled
+    assert run_.train_step(*run_.windows.batch(0)).total.isfinite()
+
+
 def test_weight_decay_is_for_matrices_only(small):
     run_ = train.prepare(small())
     decayed, free = run_.optimizer.param_groups
