@@ -144,15 +144,16 @@ class Run:
 
     def update(self, images, labels, lr, ramp) -> tuple[Output, torch.Tensor, torch.Tensor]:
         """Forward, objective, backward, clip, AdamW -> output, losses (9,), norms of gradients.
-
-        Reads nothing back: AdamW itself skips an update with a gradient that is not finite.
+        AdamW skips an update with a gradient that is not finite: nothing is read back from a GPU.
         """
         with self.autocast:
             output, losses = self.forward(images.float(), labels, ramp)
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         norms = self.clip_gradients()
-        self.optimizer.found_inf = (~norms.isfinite().all()).float()
+        infinite = ~norms.isfinite().all()
+        if self.device.type == "cuda" or infinite:  # AdamW's own check takes time on a CPU
+            self.optimizer.found_inf = infinite.float()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
