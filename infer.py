@@ -146,7 +146,7 @@ def predict_parts(
     for part in blend(function, image, window, overlap, torch.device(device), batch, progress):
         broken |= part.values[0].isnan().any()  # looked at once, at the end: it waits for a GPU
         yield part
-    cli.require(not broken, "the logits are not finite; --precision fp32 has the largest range")
+    cli.require(not broken, "the logits are not finite; infer.py --precision fp32 reaches furthest")
 
 
 def predict(

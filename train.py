@@ -10,7 +10,7 @@ its best validation mIoU: this is what people pass on). Ctrl-C and SIGTERM finis
 and exit.
 
 The windows depend on the seed and the step alone, and there is no randomness in the model. So a
-resumed run gives the same result, bit for bit, as one that was never stopped.
+run resumed on the same device ends, bit for bit, as one that was never stopped.
 
 Letters: B batch, C channels, H W pixels, K classes.
 """
@@ -108,16 +108,15 @@ class Run:
     def __init__(self, config: Config, model: nn.Module, windows: Windows, val_set: Dataset):
         self.config, self.windows, self.val_set = config, windows, val_set
         self.device = machine.pick_device(config.device)
-        self.model = model.to(self.device)
-        self.optimizer = make_optimizer(model, config.lr, on_gpu := self.device.type == "cuda")
+        self.model, on_gpu = model.to(self.device), self.device.type == "cuda"
+        self.optimizer = make_optimizer(model, config.lr, on_gpu)
         bf16 = {"auto": on_gpu, "bf16": True, "fp32": False}[config.precision]
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         self.forward = torch.compile(self.loss) if config.compile else self.loss
         self.one_update = Replayed(self.update) if on_gpu else self.update
         torch.backends.cudnn.deterministic = True  # the same bits in every run
         self.norms: list[torch.Tensor] = []  # of gradients since the last check
-        self.log: list[dict] = []
-        self.best: dict = {"miou": -1.0}  # the best validation scores of the deployed branch
+        self.log, self.best = [], {"miou": -1.0}  # reports; the deployed branch's best validation
         self.step, self.seconds = 0, 0.0  # done so far, over all resumptions
 
     # --- One step ---
@@ -125,8 +124,8 @@ class Run:
     def train_step(self, images: np.ndarray, labels: np.ndarray) -> Losses:
         """One update by images (B, C, H, W) and labels (B, H, W), uint8 both -> its losses.
 
-        On a GPU nothing waits for it: its gradients are looked at with the next `check_gradients`.
-        On a CPU they are here. DivergedError when one is not finite; weights are then as before.
+        On a GPU nothing waits: the next `check_gradients` looks at its gradients. On a CPU it looks
+        at once, and raises DivergedError when one is not finite. Weights are then as before.
         """
         inputs = (torch.from_numpy(images), torch.from_numpy(labels))
         numbers = self.learning_rate(), ramp_up(self.step, self.config.steps)
@@ -151,9 +150,8 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         norms = self.clip_gradients()
-        infinite = ~norms.isfinite().all()
-        if self.device.type == "cuda" or infinite:  # AdamW's own check takes time on a CPU
-            self.optimizer.found_inf = infinite.float()
+        skip = (~norms.isfinite().all()).float()  # on a CPU AdamW takes long to look: only if so
+        self.optimizer.found_inf = skip if self.device.type == "cuda" or skip else None
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -175,7 +173,8 @@ class Run:
 
     def check_gradients(self) -> None:
         """DivergedError for the first step since the last call whose gradient was not finite."""
-        for step, norms in enumerate(self.norms, self.step - len(self.norms)):
+        recent, self.norms = self.norms, []
+        for step, norms in enumerate(recent, self.step - len(recent)):
             for name, norm in zip(self.parts(), norms.tolist(), strict=True):
                 if not math.isfinite(norm):
                     raise DivergedError(
@@ -183,7 +182,6 @@ class Run:
                         f"0..{self.config.batch - 1} of that step, seed {self.config.seed}); the "
                         f"weights were left as they are in last.pt; try a lower --lr"
                     )
-        self.norms = []
 
     def learning_rate(self) -> float:
         """Linear warm-up over a twentieth of the run, then cosine to zero."""
@@ -297,6 +295,8 @@ class Run:
         cli.require_same(self.config.saved(), state["config"], f"{out}: was started", "resume it")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["capturable"] = self.device.type == "cuda"  # now, not where it was saved
         self.step, self.log, self.best = state["step"], state["log"], state["best"]
         self.seconds = state["seconds"]
 

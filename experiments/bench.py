@@ -46,9 +46,10 @@ from experiments.timing import (
     forward,
     rates,
 )
-from kernels import attention, collaborative_loss, layer_norm, upsample
+from kernels import attention, collaborative_loss, group_norm, layer_norm, upsample
 from kernels.attention import attention_reference
 from kernels.distill import collaborative_loss_reference
+from kernels.group_norm import group_norm_reference
 from kernels.multiscale import multiscale_convolution, multiscale_convolution_reference
 from kernels.norm import layer_norm_reference
 from kernels.upsample import upsample_reference
@@ -117,6 +118,7 @@ def checked(dtype, device) -> list[tuple[str, Callable, Callable, list[Tensor]]]
     """(name, ours, reference, inputs) of each operation."""
     upsampled = [partial(f, size=(64, 96)) for f in (upsample, upsample_reference)]
     normalised = [partial(f, eps=1e-6) for f in (layer_norm, layer_norm_reference)]
+    grouped = [partial(on_maps, f) for f in (group_norm, group_norm_reference)]
     kernel = torch.randn(16, 1, 11, 11, device=device).to(dtype) / 11
     convolved = [*feature_maps(2, 16, 40, dtype, device)[:1], kernel]
     return [
@@ -129,8 +131,13 @@ def checked(dtype, device) -> list[tuple[str, Callable, Callable, list[Tensor]]]
         ),
         ("multiscale", multiscale_convolution, multiscale_convolution_reference, convolved),
         ("norm", *normalised, rows_of(500, 96, dtype, device)),
+        ("norm of groups", *grouped, [convolved[0], *rows_of(1, 16, dtype, device)[1:]]),
         ("upsample", *upsampled, feature_maps(2, 32, 16, dtype, device)[:1]),
     ]
+
+
+def on_maps(function: Callable, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return function(x, 8, weight, bias, 1e-5)
 
 
 def outputs_and_gradients(function: Callable, inputs: list[Tensor]) -> list[Tensor]:

@@ -121,7 +121,9 @@ def attention_builds(shared_memory: int) -> list[Build]:
                 chosen = blocks(M, D, dtype, shared_memory)
                 found.append(attention_build(name, kernel, chosen, M, D, TYPES[dtype]))
     types = {"parts_ptr": "*fp32", "dk_ptr": "*bf16", "dv_ptr": "*bf16"}
-    found.append(Build("slices' sum", sum_kernel, types, {"SLICES": 8, "BLOCK": SUM_BLOCK}, 4, 3))
+    for slices, block in ((8, SUM_BLOCK), (64, 128)):
+        constants, name = {"SLICES": slices, "BLOCK": block}, f"sum of {slices} slices"
+        found.append(Build(name, sum_kernel, types, constants, 4, 3))
     return found
 
 

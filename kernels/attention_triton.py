@@ -413,8 +413,9 @@ def triton_backward(
         )  # fmt: skip
         if slices > 1:
             size, most = k.numel(), triton.next_power_of_2(slices)
-            sum_kernel[triton.cdiv(size, SUM_BLOCK), 2](
-                parts, dk, dv, slices, size, most, SUM_BLOCK, num_warps=4
+            block = min(SUM_BLOCK, 8192 // most)  # of a thread 64 numbers
+            sum_kernel[triton.cdiv(size, block), 2](
+                parts, dk, dv, slices, size, most, block, num_warps=4
             )
     return dq, dk, dv
 

@@ -65,8 +65,8 @@ def multiscale_convolution(x: Tensor, kernel: Tensor) -> Tensor:
 DTYPES = torch.bfloat16, torch.float16  # float32 products of this size would spill registers
 CHANNELS = 8  # of a program, a warp for each
 WINDOW = 32  # inputs of a strip, its columns of outputs and 10 more, to a power of two
-# What an H100 was fastest with, at the four stages of b0 (experiments/NOTES.md): all but two in
-# three of its processors busy, for a program of half the rows multiplies ten more in vain.
+# What an H100 was fastest with at b0's four stages (experiments/NOTES.md). 80 programs leave 52 of
+# its 132 processors idle, but each of twice as many would multiply ten more rows in vain.
 Y_COLUMNS, Y_STRIPS = 8, 32  # of a program; half the strips where that leaves too few programs
 DK_COLUMNS, DK_STRIPS = 16, 16
 PROGRAMS = 80  # at least, where there are more than 8 rows to divide

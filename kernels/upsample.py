@@ -82,7 +82,7 @@ def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-@lru_cache(64)
+@lru_cache(None)  # none is ever freed: a CUDA graph reads them by address
 def interpolation_matrix(n: int, N: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Linear interpolation of n numbers to N as a matrix (N, n): interpolate the identity."""
     identity = torch.eye(n, dtype=torch.float64)

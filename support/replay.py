@@ -26,6 +26,7 @@ class Replayed:
         self.function, self.calls = function, 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.stream = torch.cuda.Stream()  # capturing needs another than the default one
+        self.copied = torch.cuda.Event()  # the inputs of the last call
 
     def __call__(self, *inputs: torch.Tensor):
         """inputs: of the same shapes at every call, on the GPU or in pinned memory."""
@@ -34,8 +35,10 @@ class Replayed:
             self.capture(inputs)
         if self.graph is None:
             return self.eagerly(inputs)
+        self.copied.synchronize()  # one call waits behind the running one, and no more
         for fixed, x in zip(self.inputs, inputs, strict=True):
             fixed.copy_(x, non_blocking=True)
+        self.copied.record()
         self.graph.replay()
         return self.outputs
 
@@ -48,15 +51,16 @@ class Replayed:
 
     def capture(self, inputs) -> None:
         self.inputs = [x.to("cuda", copy=True) for x in inputs]
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         torch.cuda.empty_cache()  # the graph has memory of its own
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 self.outputs = self.function(*self.inputs)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            torch.cuda.set_stream(before)  # an aborted capture leaves its own one current,
+            reason = str(error.__context__ or error).splitlines()[0]
             print(f"  note: not captured as a CUDA graph, so slower: {reason}", file=sys.stderr)
-            # An aborted capture leaves the random generator unusable until another one ends.
+            # and the random generator unusable until another capture ends.
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream):
                 torch.zeros(1, device="cuda")
         else:

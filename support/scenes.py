@@ -11,7 +11,7 @@ What is in memory depends on the scene's width and on the batch, not on the scen
 result depends on the windows, not on how the file is stored.
 
 While the device computes, a thread reads the next rows (`ahead`), and another writes the last ones
-(`Behind`). Nothing here waits for a GPU.
+(`Behind`). `blend` itself never waits for a GPU.
 
 Letters: B batch, C channels, H W pixels, h w those of a window, K values a pixel.
 """
@@ -20,6 +20,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import islice
 from typing import NamedTuple
 
@@ -80,10 +81,14 @@ def blend(
     weights = [torch.from_numpy(axis).to(device) for axis in (row_weights, column_weights)]
     bands: deque[np.ndarray] = deque()  # rows of windows whose blending is not finished
 
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
     def read() -> Iterator[tuple[np.ndarray, Tensor]]:
         for top in rows:
             band = np.array(image[top : top + height], order="C")  # (height, W, C)
-            yield band, upload(band, device)
+            with torch.cuda.stream(stream) if stream else nullcontext():  # a thread has its own
+                on_device = upload(band, device)
+            yield band, on_device
 
     def windows() -> Iterator[Tensor]:
         for band, on_device in ahead(read()):
@@ -137,7 +142,10 @@ class BatchSize:
 
     def halve(self) -> None:
         if self.size == 1:
-            raise UsageError("the GPU's memory does not hold one window; try a smaller --window")
+            raise UsageError(
+                "the GPU's memory does not hold one window of the scene; "
+                "infer.py takes a smaller --window"
+            )
         print(
             f"{self.size} windows at a time do not fit into the GPU's memory; "
             f"going on with {self.size // 2}",
@@ -156,6 +164,8 @@ def in_batches(
         try:
             values = function(torch.stack(waiting[: batch.size]))
         except torch.OutOfMemoryError:
+            values = None  # halved below: in here the traceback still holds the batch's maps
+        if values is None:
             batch.halve()
             continue
         waiting = waiting[len(values) :]
@@ -180,6 +190,8 @@ class Behind:
 
         with Behind() as behind:
             for item in items: behind(write, item)      # waits until the last item is written
+
+    The thread uses a GPU's default stream.
 
     What a call raises is raised at the next one, or at the end of the block.
     """

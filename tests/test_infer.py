@@ -702,7 +702,7 @@ def test_a_batch_that_does_not_fit_is_halved_for_all_scenes_to_come(capsys):
 
 
 def test_one_window_that_does_not_fit_ends_in_a_sentence():
-    with pytest.raises(infer.cli.UsageError, match="does not hold one window; try a smaller --win"):
+    with pytest.raises(infer.cli.UsageError, match="not hold one window of the scene; infer.py"):
         predict_classes(Narrow(0), random_image(64, 64), window=64, batch=4)
 
 
@@ -732,7 +732,7 @@ def test_logits_that_are_not_finite_are_no_map(tmp_path, program, best, monkeypa
     monkeypatch.setattr(infer, "load_transformer", too_large)
     arguments = (best, tmp_path / "a.png", "--out", tmp_path / "m", *SMALL)
     code, error = program(infer.main, ERRORS, *arguments)
-    assert code == 2 and "the logits are not finite; --precision fp32" in error
+    assert code == 2 and "the logits are not finite; infer.py --precision fp32" in error
     assert not [*(tmp_path / "m").iterdir()]
 
 

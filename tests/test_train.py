@@ -130,6 +130,18 @@ def test_resumed_run_ends_in_the_same_bits(small, tmp_path, monkeypatch):
     assert (tmp_path / "parts" / "log.csv").read_text().count("\n") == 7
 
 
+def test_a_run_is_resumed_where_it_is_now(small):
+    """AdamW of a GPU's run can be captured, a CPU's cannot: the file does not decide."""
+    config = small(steps=1)
+    run(config)
+    state = read(config.out / "last.pt", "ctclm-training")
+    for group in state["optimizer"]["param_groups"]:
+        group["capturable"] = True
+    train.checkpoint.save(state, config.out / "last.pt")
+    groups = train.prepare(small(steps=1, resume=True)).optimizer.param_groups
+    assert [group["capturable"] for group in groups] == [False, False]
+
+
 def test_a_resumed_run_remembers_its_best(small):
     """Or its next validation, however bad, would replace best.pt."""
     first = run(small(steps=1))

@@ -31,3 +31,4 @@ def test_what_cannot_be_captured_runs_as_it_is(capsys):
         assert doubled(torch.ones(2).pin_memory()).tolist() == [2.0, 2.0]
     assert capsys.readouterr().err.count("note: not captured as a CUDA graph, so slower") == 1
     assert torch.randn(3, device="cuda").isfinite().all()  # an aborted capture can forbid it
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
