@@ -99,7 +99,7 @@ def load_transformer(path: Path) -> Transformer:
 
 
 def at_precision(model: Transformer, precision: str) -> Transformer:
-    """The same model, its weights and features cast to auto, fp32, bf16 or fp16.
+    """Casts a model's weights and features in place, to auto, fp32, bf16 or fp16; returns it.
 
     auto is fp32 on a CPU and fp16 on a GPU: as fast as bf16, with an eighth of its rounding error.
     Weights are cast once, for autocast's casts in every call cost more than they save. The image is

@@ -5,8 +5,8 @@
     everything else                       PyTorch
 
 and PyTorch where no kernel fits (float64, a head dimension without a kernel, logits that are not at
-a quarter of the labels' size), where Triton is not installed, or where PyTorch is faster (attention
-in float32 of which no gradient is wanted). `force` overrides the rule.
+a quarter of the labels' size), where Triton is not installed, or where PyTorch is much faster
+(attention in float32 of which no gradient is wanted). `force` overrides the rule.
 """
 
 import os

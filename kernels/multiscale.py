@@ -14,9 +14,8 @@ kernel's numbers, T_u[w, j] = k[u, w - j]:
     dk[u, v] = the sum along the diagonal w - j = v of sum_i dY_i^T X_{i+u-5}
 
 Two thirds of T are zeros, but the units that multiply matrices are fifteen times as fast as the
-others. A program walks down the rows of its strips, and each row is
-read once: the eleven output rows that an input row takes part in are held in registers and move up
-by one with every row.
+others. A program walks down the rows of its strips and reads each row once: the eleven output rows
+that an input row takes part in are held in registers and move up by one with every row.
 
 Work: 121 multiply-adds for each of the B C H W outputs, 32 x 11 with the zeros, once forward and
 twice backward. Traffic: x and y once forward; dy three times, x twice and dx once backward.
