@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention_triton import HEAD_DIMENSIONS, heads_last, triton_backward, triton_forward
-from kernels.choose import use_triton
+from kernels.choose import refuse_second_derivative, use_triton
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -92,12 +92,5 @@ def backward(ctx, do):
     return *fused_attention_backward(do, *ctx.saved_tensors, ctx.scale), None
 
 
-def refuse(ctx, *_):
-    raise RuntimeError(
-        "attention has no second derivative on a GPU; attention_reference in kernels/attention.py "
-        "has one"
-    )
-
-
 fused_attention.register_autograd(backward, setup_context=keep_for_backward)
-fused_attention_backward.register_autograd(refuse)
+refuse_second_derivative(fused_attention_backward, "attention", "attention.py")

@@ -6,7 +6,8 @@
 
 and PyTorch where no kernel fits (float64, a head dimension without a kernel, logits that are not at
 a quarter of the labels' size), where Triton is not installed, or where PyTorch is much faster
-(attention in float32 of which no gradient is wanted). `force` overrides the rule.
+(attention in float32 of which no gradient is wanted). `force` overrides the rule. Below it are the
+few functions that all kernels share.
 """
 
 import os
@@ -45,6 +46,23 @@ def use_triton(x: Tensor, fits: bool = True, faster: bool = True) -> bool:
 def on_device_of(x: Tensor):
     """Kernels are launched on the current device, which need not be the tensor's."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(B, C, H, W) in memory as (B, H, W, C), which is how the model's maps lie."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def refuse_second_derivative(operation, name: str, file: str, where: str = " on a GPU") -> None:
+    """Differentiating `operation`, the backward pass of `name`, says which function of `file` can
+    be differentiated twice."""
+
+    def refuse(ctx, *_):
+        raise RuntimeError(
+            f"{name} has no second derivative{where}; {name}_reference in kernels/{file} has one"
+        )
+
+    operation.register_autograd(refuse)
 
 
 def shared_memory(x: Tensor) -> int:

@@ -30,9 +30,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.choose import use_triton
+from kernels.choose import channels_last, refuse_second_derivative, use_triton
 from kernels.distill_rows import accumulation_dtype, rows_backward, rows_forward
-from kernels.distill_triton import channels_last, triton_backward, triton_forward
+from kernels.distill_triton import triton_backward, triton_forward
 from kernels.upsample import upsample_reference
 
 # Each transfer gives two weights at a pixel with gate r, of (CNN teaches, Transformer teaches).
@@ -261,12 +261,5 @@ def backward(ctx, upstream, _gate, _saved):
     return *gradients, None, None, None, None, None
 
 
-def refuse(ctx, *_):
-    raise RuntimeError(
-        "collaborative_loss has no second derivative; collaborative_loss_reference in "
-        "kernels/distill.py has one"
-    )
-
-
 fused_loss.register_autograd(backward, setup_context=keep_for_backward)
-fused_loss_backward.register_autograd(refuse)
+refuse_second_derivative(fused_loss_backward, "collaborative_loss", "distill.py", where="")

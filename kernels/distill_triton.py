@@ -26,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.choose import jit, on_device_of, tl, triton
+from kernels.choose import channels_last, jit, on_device_of, tl, triton
 
 CELL_ROWS = 8  # dual rows of a program
 FORWARD_LANES, BACKWARD_LANES = 128, 64  # columns of pixels of a program, 32 to a warp
@@ -279,11 +279,6 @@ def add_neighbours(to_right, to_left, CELLS: tl.constexpr):
 
 
 # --- Launches ------------------------------------------------------------------------------------
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """(B, K, h, w) in memory as (B, h, w, K), which is how the model leaves its logits."""
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def triton_forward(

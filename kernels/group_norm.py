@@ -20,8 +20,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.choose import jit, on_device_of, tl, triton, use_triton
-from kernels.norm import LARGEST_ROW, load_rows, split, store_rows, sum_parts, tile_of
+from kernels.choose import (
+    channels_last,
+    jit,
+    on_device_of,
+    refuse_second_derivative,
+    tl,
+    triton,
+    use_triton,
+)
+from kernels.norm import (
+    dtype_of_pytorch,
+    kernel_fits,
+    load_rows,
+    split,
+    store_rows,
+    sum_parts,
+    tile_of,
+)
 
 
 def group_norm_reference(
@@ -53,11 +69,8 @@ def group_norm(
         )
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"group_norm cannot put {x.shape[1]} channels into {groups} groups")
-    fits = 0 < weight.numel() <= LARGEST_ROW and x.numel() > 0 and eps > 0
-    single = torch.float64 not in (x.dtype, weight.dtype) and weight.dtype == bias.dtype
-    if use_triton(x, fits and single):
-        if dtype is None:
-            dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if use_triton(x, kernel_fits(x, weight, bias, eps)):
+        dtype = dtype or dtype_of_pytorch(x)
         return fused_group_norm(x, groups, weight, bias, eps, dtype)[0]
     y = group_norm_reference(x, groups, weight, bias, eps)
     return y if dtype is None else y.to(dtype)
@@ -325,10 +338,6 @@ def fused_group_norm_backward(
     return dx, dweight, dbias
 
 
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def sizes(x: Tensor) -> tuple[int, int, int]:
     """B, C, P."""
     return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
@@ -372,12 +381,5 @@ def backward(ctx, dy, _):
     return dx, None, dweight, dbias, None, None
 
 
-def refuse(ctx, *_):
-    raise RuntimeError(
-        "group_norm has no second derivative on a GPU; group_norm_reference in "
-        "kernels/group_norm.py has one"
-    )
-
-
 fused_group_norm.register_autograd(backward, setup_context=keep_for_backward)
-fused_group_norm_backward.register_autograd(refuse)
+refuse_second_derivative(fused_group_norm_backward, "group_norm", "group_norm.py")

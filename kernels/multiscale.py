@@ -31,7 +31,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.choose import jit, on_device_of, tl, triton, use_triton
+from kernels.choose import (
+    channels_last,
+    jit,
+    on_device_of,
+    refuse_second_derivative,
+    tl,
+    triton,
+    use_triton,
+)
 
 
 def multiscale_convolution_reference(x: Tensor, kernel: Tensor) -> Tensor:
@@ -263,10 +271,6 @@ def fused_convolution_backward(dy: Tensor, x: Tensor, kernel: Tensor) -> tuple[T
     return convolve(dy, taps_first(kernel), turned=True), kernel_gradient(x, dy)
 
 
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def taps_first(kernel: Tensor) -> Tensor:
     """(C, 1, 11, 11) -> (121, C): a program reads the numbers of its channels side by side."""
     return kernel.reshape(kernel.shape[0], 121).t().contiguous()
@@ -332,12 +336,5 @@ def backward(ctx, dy):
     return fused_convolution_backward(dy, *ctx.saved_tensors)
 
 
-def refuse(ctx, *_):
-    raise RuntimeError(
-        "multiscale_convolution has no second derivative on a GPU; "
-        "multiscale_convolution_reference in kernels/multiscale.py has one"
-    )
-
-
 fused_convolution.register_autograd(backward, setup_context=keep_for_backward)
-fused_convolution_backward.register_autograd(refuse)
+refuse_second_derivative(fused_convolution_backward, "multiscale_convolution", "multiscale.py")

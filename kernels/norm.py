@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.choose import jit, on_device_of, tl, triton, use_triton
+from kernels.choose import jit, on_device_of, refuse_second_derivative, tl, triton, use_triton
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -44,14 +44,21 @@ def layer_norm(
             "layer_norm takes x (..., C), weight and bias (C,); "
             f"got {tuple(x.shape)}, {tuple(weight.shape)}, {tuple(bias.shape)}"
         )
-    fits = 0 < weight.numel() <= LARGEST_ROW and x.numel() > 0 and eps > 0
-    single = torch.float64 not in (x.dtype, weight.dtype) and weight.dtype == bias.dtype
-    if use_triton(x, fits and single):
-        if dtype is None:
-            dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return fused_layer_norm(x, weight, bias, eps, dtype)
+    if use_triton(x, kernel_fits(x, weight, bias, eps)):
+        return fused_layer_norm(x, weight, bias, eps, dtype or dtype_of_pytorch(x))
     y = layer_norm_reference(x, weight, bias, eps)
     return y if dtype is None else y.to(dtype)
+
+
+def kernel_fits(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> bool:
+    """Of both norms, this one and that of kernels/group_norm.py."""
+    fits = 0 < weight.numel() <= LARGEST_ROW and x.numel() > 0 and eps > 0
+    return fits and torch.float64 not in (x.dtype, weight.dtype) and weight.dtype == bias.dtype
+
+
+def dtype_of_pytorch(x: Tensor) -> torch.dtype:
+    """That of PyTorch's norms on a GPU: x's, and float32 under autocast."""
+    return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 # --- The kernels ---------------------------------------------------------------------------------
@@ -259,12 +266,5 @@ def backward(ctx, dy):
     return *fused_layer_norm_backward(dy, *ctx.saved_tensors, ctx.eps), None, None
 
 
-def refuse(ctx, *_):
-    raise RuntimeError(
-        "layer_norm has no second derivative on a GPU; layer_norm_reference in kernels/norm.py "
-        "has one"
-    )
-
-
 fused_layer_norm.register_autograd(backward, setup_context=keep_for_backward)
-fused_layer_norm_backward.register_autograd(refuse)
+refuse_second_derivative(fused_layer_norm_backward, "layer_norm", "norm.py")
