@@ -33,7 +33,8 @@ def check(groups, inputs, device, no_worse):
     inputs = [t.to(device) for t in inputs]
     with force("triton"):
         ours = results(group_norm, groups, *inputs)
-    theirs = results(group_norm_reference, groups, *inputs)
+    # Channels-first: on a CPU PyTorch's channels-last path is 13 % off at a mean of 1000.
+    theirs = results(group_norm_reference, groups, *(t.contiguous() for t in inputs))
     exact = results(group_norm_reference, groups, *(t.double() for t in inputs))
     for name, a, b, e in zip(("y", "dx", "dweight", "dbias"), ours, theirs, exact, strict=True):
         no_worse(a, b, e, e, name)
