@@ -54,6 +54,7 @@ from support.protocols import (
     table,
 )
 from support.raster import DataError, Rows, header, open_rows
+from support.replay import ReplayedShapes
 from support.scenes import BatchSize, Behind, Part, blend
 
 # --- best.pt: what people pass on -----------------------------------------------------------------
@@ -86,15 +87,12 @@ def load_transformer(path: Path) -> Transformer:
     """
     contents = checkpoint.read(path, "ctclm-transformer")
     config, known = contents["config"], contents["about"]
-    transformer = Transformer(
-        VARIANTS[config["variant"]], config["num_classes"], config["in_channels"]
-    )
+    size = (VARIANTS[config["variant"]], config["num_classes"], config["in_channels"])
+    transformer = Transformer(*size)
     transformer.load_state_dict(contents["model"])
-    colours = tuple(tuple(colour) for colour in known["colours"])
-    classes = Classes(tuple(known["classes"]), colours)
-    transformer.about = About(
-        classes, known["data"], known["bands"], known["step"], known["val_miou"]
-    )
+    classes = Classes(tuple(known["classes"]), tuple(map(tuple, known["colours"])))
+    origin = (known[key] for key in ("data", "bands", "step", "val_miou"))
+    transformer.about = About(classes, *origin)
     return transformer.eval()
 
 
@@ -298,6 +296,8 @@ def main(arguments: list[str]) -> None:
     keep_freed_memory()
     device = pick_device(config.device)
     model = at_precision(load_transformer(config.checkpoint).to(device), config.precision)
+    if device.type == "cuda":
+        model.forward = ReplayedShapes(model.forward)
     options = {"window": config.window, "overlap": config.overlap, "device": device}
     options |= {"batch": BatchSize.of(config.batch, device)}
     if config.images:

@@ -38,7 +38,7 @@ from support.layouts import BANDS, IGNORE
 from support.progress import Progress
 from support.protocols import table
 from support.raster import DataError
-from support.replay import Replayed
+from support.replay import Replayed, ReplayedShapes
 
 
 @dataclass
@@ -268,6 +268,8 @@ class Run:
         self.model.eval()
         scores = {}
         for name, branch in self.model.branches.items():
+            if self.device.type == "cuda":
+                branch = ReplayedShapes(branch)
             with Progress(f"scoring the {name}") as progress:
                 scores[name] = evaluate(branch, dataset, progress, device=self.device)
         self.model.train()
@@ -308,11 +310,10 @@ class Run:
 
     def finish(self) -> None:
         """metrics.json, curves.png, story.png, samples.png."""
-        out, classes = self.config.out, self.val_set.classes
+        out, classes, about = self.config.out, self.val_set.classes, machine.describe(self.device)
         entry = {"validation": {k: v for k, v in self.best.items() if k != "cnn"}}
         entry |= {"cnn_validation": self.best.get("cnn"), "cost": self.cost()}
-        entry |= {"training_seconds": round(self.seconds, 1)}
-        entry |= {"machine": machine.describe(self.device)}
+        entry |= {"training_seconds": round(self.seconds, 1), "machine": about}
         checkpoint.save_json(entry, out / "metrics.json")
         log = diagnostics.in_per_cent(self.log)
         pictures.curves(log, diagnostics.training_panels(log)).save(out / "curves.png")
@@ -439,9 +440,8 @@ def main(arguments: list[str]) -> None:
     except DivergedError as error:
         sys.exit(f"train.py: {error}")
     run.finish()
-    print(
-        f"\nthe Transformer was best at step {run.best['step']}; on validation it scores, in %:\n"
-    )
+    step = run.best["step"]
+    print(f"\nthe Transformer was best at step {step}; on validation it scores, in %:\n")
     print(table(run.best, classes))
     print(f"\n{config.out}: {', '.join(sorted(path.name for path in config.out.iterdir()))}")
 

@@ -36,6 +36,7 @@ from experiments.timing import Rates, Table, attempt, release, step_median
 from support import diagnostics, toy
 from support.layouts import POTSDAM
 from support.machine import pick_device
+from support.replay import ReplayedShapes
 from train import Config, Run
 
 GPU_STEPS = [("b0", 16, 512), ("b2", 16, 512)]  # variant, B, side of the images
@@ -148,10 +149,13 @@ def add_two_runs(table: Table, what: str, variant: str, batch) -> None:
 
 
 def bench_inference(table: Table, variant: str, sizes, on_gpu: bool, with_peer: bool) -> None:
-    """Images on the device -> logits, the whole model in one precision."""
+    """Images on the device -> logits, the whole model in one precision, as infer.py runs it."""
     for precision in ("bf16", "fp32") if on_gpu else ("fp32",):
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
         models = {"ours": (partial(deployed, variant, precision), torch.float32)}
+        if on_gpu:
+            called = partial(deployed, variant, precision, replayed=False)
+            models["ours, call by call"] = called, torch.float32
         if with_peer:
             models["transformers"] = (lambda dtype=dtype: peer(variant).to(dtype), dtype)
         for B, side in sizes:
@@ -164,8 +168,11 @@ def bench_inference(table: Table, variant: str, sizes, on_gpu: bool, with_peer: 
             table.compare(what, makers, timer=step_median)
 
 
-def deployed(variant: str, precision: str) -> nn.Module:
-    return infer.at_precision(Transformer(VARIANTS[variant], K, 3), precision)
+def deployed(variant: str, precision: str, replayed: bool = True) -> nn.Module:
+    model = infer.at_precision(Transformer(VARIANTS[variant], K, 3), precision)
+    if replayed and model.normalise.mean.is_cuda:
+        model.forward = ReplayedShapes(model.forward)
+    return model
 
 
 def inference(make: Callable, shape, dtype: torch.dtype, device: torch.device) -> Callable:

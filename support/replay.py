@@ -3,15 +3,19 @@
     step = Replayed(function)       # function(*tensors) -> tensors, the same work at every call
     outputs = step(*tensors)
 
+    model.forward = ReplayedShapes(model.forward)       # one graph for images of each shape
+
 A training step is more than a thousand small kernels, and launching one costs the host more time
 than many of them cost the GPU. A CUDA graph records them once and launches all of them together.
 """
 
 import sys
+from functools import lru_cache
 
 import torch
 
 EAGER_CALLS = 3  # before the capture: kernels are compiled, and what is made lazily is made
+SHAPES = 2  # that have a graph at a time, with its memory: full batches, and the last of a scene
 
 
 class Replayed:
@@ -19,7 +23,8 @@ class Replayed:
 
     The function may read and change tensors in place (weights, an optimiser's state). It must not
     read a value back to the host, nor depend on anything but tensors. Its outputs are overwritten
-    by the next call. Where it cannot be captured it says so once and goes on call by call.
+    by the next call. Where it cannot be captured it says so once and goes on call by call. Other
+    threads may use the GPU meanwhile, on streams of their own or on the default one.
     """
 
     def __init__(self, function):
@@ -54,14 +59,25 @@ class Replayed:
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         torch.cuda.empty_cache()  # the graph has memory of its own
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.outputs = self.function(*self.inputs)
         except RuntimeError as error:
             torch.cuda.set_stream(before)  # an aborted capture leaves its own one current,
             reason = str(error.__context__ or error).splitlines()[0]
             print(f"  note: not captured as a CUDA graph, so slower: {reason}", file=sys.stderr)
             # and the random generator unusable until another capture ends.
-            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream):
+            again = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(again, stream=self.stream, capture_error_mode="thread_local"):
                 torch.zeros(1, device="cuda")
         else:
             self.graph = graph
+
+
+class ReplayedShapes:
+    """A function of one tensor, replayed for each of the last shapes that it was called with."""
+
+    def __init__(self, function):
+        self.of_shape = lru_cache(SHAPES)(lambda shape, dtype: Replayed(function))
+
+    def __call__(self, x: torch.Tensor):
+        return self.of_shape(x.shape, x.dtype)(x)

@@ -1,9 +1,11 @@
 """support/replay.py: one launch does what the function does, or says that it cannot."""
 
+from threading import Event, Thread
+
 import pytest
 import torch
 
-from support.replay import EAGER_CALLS, Replayed
+from support.replay import EAGER_CALLS, SHAPES, Replayed, ReplayedShapes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,3 +34,35 @@ def test_what_cannot_be_captured_runs_as_it_is(capsys):
     assert capsys.readouterr().err.count("note: not captured as a CUDA graph, so slower") == 1
     assert torch.randn(3, device="cuda").isfinite().all()  # an aborted capture can forbid it
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+def test_each_shape_has_a_graph_of_its_own():
+    doubled = ReplayedShapes(lambda x: 2 * x)
+    for call in range(EAGER_CALLS + 3):
+        for length in range(1, SHAPES + 1):
+            x = torch.full((length,), float(call), device="cuda")
+            assert doubled(x).tolist() == [2.0 * call] * length
+    assert doubled.of_shape(x.shape, x.dtype).graph is not None
+
+
+def test_threads_use_the_gpu_while_a_graph_is_captured():
+    """As infer.py's do: one uploads from pinned memory, another waits for what comes back."""
+    stop, wrong = Event(), []
+
+    def read_and_write():
+        while not stop.is_set():
+            x = torch.ones(1000).pin_memory().to("cuda", non_blocking=True)
+            wrong.extend([x.sum().item()] if x.sum().item() != 1000 else [])
+
+    thread = Thread(target=read_and_write)
+    thread.start()
+    try:
+        for factor in range(2, 12):
+            scaled = Replayed(lambda x, factor=factor: factor * x)
+            for _ in range(EAGER_CALLS + 2):
+                assert scaled(torch.ones(3, device="cuda")).tolist() == [factor] * 3
+            assert scaled.graph is not None
+    finally:
+        stop.set()
+        thread.join()
+    assert not wrong
