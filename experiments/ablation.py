@@ -1,29 +1,27 @@
 """Does teaching each other help, and which part of it: a table of settings and seeds.
 
-    python -m experiments.ablation                      # toy scenes, 10 seeds, all settings
-    python -m experiments.ablation --settings full transformer --seeds 2 --jobs 2
+    python -m experiments.ablation                                  # toy scenes
+    python -m experiments.ablation --settings full transformer --seeds 2
     python -m experiments.ablation --data folder --root DIR --results experiments/results/mine
 
-A cell is one setting (experiments/settings.py) with one seed: a run of train.py's loop, in --out.
-Cells run seed by seed, --jobs at a time. Those in --results/cells.csv do not run again, and one
-that was interrupted goes on, so the same command goes on with the table. Each seed has labels of
-its own (--labelled-from), so the intervals cover the choice of labels too. All settings of a seed
-see the same windows in the same order and start with the same Transformer. In (13) alone the
-learning rate differs, by a ten-thousandth. (14) is no run: it averages the probabilities of a
-Transformer and a CNN that were trained apart, which is about what one could learn from the other.
-(15) does to the Transformer what (8) does, without a CNN beside it.
+A cell is one setting (experiments/settings.py) with one seed. All settings of a seed are trained
+side by side: a step of each on the same windows, then the next. They start with the same
+Transformer and see the same windows in the same order. In (13) alone the learning rate differs, by
+a ten-thousandth: what it scores differently is chance. Seeds run --jobs at a time. Cells are saved
+every ten minutes and when they are told to stop, and those in --results/scores.csv do not run
+again, so the same command goes on with the table.
 
-The model of the last step is scored once, on the test split (val where there is no test split):
-nothing is selected on it. --results also gets table.md and differences.png.
+For every setting alike, what is scored is the mean of the weights over the last tenth of the steps,
+on whole scenes of the validation and of the test split. Nothing is selected on either: the last
+step counts. --results gets scores.csv, options.json, table.md and differences.png.
 """
 
 import json
-import shutil
 import signal
 import statistics
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,29 +29,19 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 import train
 from ctclm import ModelConfig
-from data import DATA_SETS, Dataset, Scene, load
-from experiments.settings import SETTINGS, Ensemble, few_labels
-from experiments.table import (
-    COLUMNS,
-    SCORES,
-    T_QUANTILES,
-    difference_rows,
-    markdown,
-    read_cells,
-    write_cells,
-)
-from infer import evaluate, predict_classes
-from support import checkpoint, cli, machine, pictures
+from data import DATA_SETS, Dataset, Scene, Windows, load, prefetch
+from experiments.settings import SETTINGS, Ensemble
+from experiments.table import T_QUANTILES, difference_rows, markdown, read_scores, write_scores
+from infer import predict_classes
+from support import checkpoint, cli, machine, metrics, pictures
 from support.layouts import IGNORE
-from support.metrics import erode
+from support.progress import duration
 from support.raster import DataError
-
-# The scenes of toy whose square of 192 x 192 has at least 100 pixels of every class. Not 0: the
-# tables that led to this one were made with it.
-SQUARES = (2, 5, 7, 8, 10, 11, 12, 13, 15, 16, 17, 20, 21, 22, 23)
+from support.replay import ReplayedShapes
 
 
 @dataclass
@@ -61,154 +49,240 @@ class Config:
     data: Literal[*DATA_SETS] = cli.option("toy", "data set")
     root: Path = cli.option(None, "the data set's folder (toy needs none)")
     settings: tuple[str, ...] = cli.option(tuple(SETTINGS), "which to run")
-    seeds: int = cli.option(10, "how many")
+    seeds: int = cli.option(5, "how many")
+    first_seed: int = cli.option(0, "the first of them")
     variant: Literal["tiny", "b0", "b1", "b2"] = cli.option("tiny", "size of both branches")
-    steps: int = cli.option(4890, "optimiser steps of every setting but equal-time")
-    batch: int = cli.option(4, "windows per step")
-    crop: int = cli.option(64, "side of a window in pixels")
+    steps: int = cli.option(4000, "optimiser steps of every setting but equal-time and doubled")
+    batch: int = cli.option(8, "windows per step")
+    crop: int = cli.option(128, "side of a window in pixels")
     lr: float = cli.option(3e-3, "highest learning rate")
-    labelled: int = cli.option(1, "train on so many scenes (0: on all)")
-    labelled_from: tuple[int, ...] = cli.option(SQUARES, "the first of these, for each seed")
-    labelled_side: int = cli.option(192, "and of these only on a square of so many pixels (0: all)")
-    augment: Literal["on", "turns"] = cli.option("turns", "turns: no change of scale and light")
-    jobs: int = cli.option(1, "runs at a time")
+    jobs: int = cli.option(1, "seeds at a time")
     results: Path = cli.option(Path("experiments/results/toy"), "folder of the table")
-    out: Path = cli.option(Path("runs/ablation"), "folder of the runs")
+    out: Path = cli.option(Path("runs/ablation"), "folder of the cells' weights")
     device: Literal["auto", "cpu", "cuda"] = cli.option("auto", "where to train")
 
     def __post_init__(self):
-        if unknown := set(self.settings) - set(SETTINGS):
-            raise cli.UsageError(
-                f"--settings: there is no {', '.join(sorted(unknown))}; "
-                f"the settings are {', '.join(SETTINGS)}"
-            )
-        if not (1 <= self.seeds <= len(T_QUANTILES) + 1 and self.jobs >= 1):
-            raise cli.UsageError(f"--jobs must be positive, --seeds 1 to {len(T_QUANTILES) + 1}")
-        for name in ("labelled", "labelled_side"):
-            if getattr(self, name) < 0:
-                raise cli.UsageError(f"{cli.flag(name)} must be at least 0")
-        if self.labelled and len(self.labelled_from) < self.seeds:
-            raise cli.UsageError(
-                f"--labelled-from: has {len(self.labelled_from)} scenes for {self.seeds} seeds"
-            )
+        unknown, known = sorted(set(self.settings) - set(SETTINGS)), ", ".join(SETTINGS)
+        cli.require(
+            not unknown, f"--settings: there is no {', '.join(unknown)}; the settings are {known}"
+        )
+        most = len(T_QUANTILES) + 1
+        cli.require(1 <= self.seeds <= most, f"--seeds must be 1 to {most}; got {self.seeds}")
+        cli.require(self.first_seed >= 0, f"--first-seed is at least 0; got {self.first_seed}")
+        cli.require(self.jobs >= 1, f"--jobs must be positive; got {self.jobs}")
 
     def shared(self) -> dict:
         """What all cells of a table have in common."""
-        names = "data variant steps batch crop lr labelled labelled_side augment".split()
-        found = {name: getattr(self, name) for name in names}
-        return found | {"labelled_from": list(self.labelled_from if self.labelled else ())}
+        return {key: getattr(self, key) for key in "data variant steps batch crop lr".split()}
 
 
 # --- One cell -------------------------------------------------------------------------------------
+
+AVERAGED = 0.1  # of the steps: the last
 
 
 def options_of(config: Config, name: str, seed: int, ratio: float) -> train.Config:
     """The options of one cell; `ratio` is the time of a full step over the Transformer's alone."""
     names = ("data", "root", "variant", "steps", "batch", "crop", "lr", "device")
-    options = {key: getattr(config, key) for key in names} | {"seed": seed, "validations": 1}
-    options |= {"out": config.out / name / str(seed), "cache": config.out / "cache"}
+    options = {key: getattr(config, key) for key in names} | {"seed": seed}
+    options["out"] = config.out / name
     if name == "equal-time":
         options["steps"] = round(config.steps * ratio)
+    if name == "doubled":
+        options["steps"] *= 2
     if name == "perturbed":
         options["lr"] *= 1.0001
     return train.Config(**options)
 
 
-def labelled_scenes(config: Config, seed: int) -> tuple[Dataset, list[Scene]]:
-    """The training split, and the scenes of it that this seed trains on."""
-    train_set = load(config.data, config.root, "train", cache=config.out / "cache")
-    first = config.labelled_from[seed] if config.labelled else 0
-    return train_set, few_labels(train_set, first, config.labelled, config.labelled_side)
+class Cell(train.Run):
+    """A run of one setting whose weights are averaged over its last steps.
+
+    Its windows come from outside: all cells of a seed have the same.
+    """
+
+    def __init__(self, name: str, options: train.Config, dataset: Dataset):
+        size = {"num_classes": len(dataset.classes.names)}
+        size["in_channels"] = dataset.scenes[0].image.shape[2]
+        torch.manual_seed(options.seed)
+        model = SETTINGS[name].build(ModelConfig(variant=options.variant, **size))
+        super().__init__(options, model, windows=None, val_set=dataset)
+        self.name, self.path = name, options.out / f"{options.seed}.pt"
+        self.mean = [x.clone() for x in self.weights()]
+        self.from_step = round((1 - AVERAGED) * options.steps)
+
+    def weights(self) -> list[torch.Tensor]:
+        """All that is learned or measured: parameters, and the statistics of batch norms."""
+        return [x for x in self.model.state_dict().values() if x.is_floating_point()]
+
+    def stream(self):
+        """On a GPU cells run side by side: small ones leave most of it idle."""
+        on_gpu = self.device.type == "cuda"
+        return torch.cuda.stream(self.one_update.stream) if on_gpu else nullcontext()
+
+    def train_step(self, images: np.ndarray, labels: np.ndarray) -> None:
+        with self.stream():
+            super().train_step(images, labels)
+            if (count := self.step - self.from_step) > 0:
+                for mean, x in zip(self.mean, self.weights(), strict=True):
+                    mean.lerp_(x, 1 / count)
+
+    def check_gradients(self) -> None:
+        with self.stream():
+            super().check_gradients()
+
+    def finished(self) -> bool:
+        return self.step == self.config.steps
+
+    @torch.no_grad()
+    def use_mean(self) -> None:
+        for mean, x in zip(self.mean, self.weights(), strict=True):
+            x.copy_(mean)
+
+    def save(self) -> None:
+        state = {"kind": "ctclm-cell", "config": self.config.saved(), "step": self.step}
+        state |= {"model": self.model.state_dict(), "mean": self.mean}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(state | {"optimizer": self.optimizer.state_dict()}, self.path)
+
+    def restore(self) -> None:
+        """Go on where it was saved, if it was; UsageError when that was with other options."""
+        if not self.path.exists():
+            return
+        state = checkpoint.read(self.path, "ctclm-cell")
+        cli.require_same(self.config.saved(), state["config"], f"{self.path}: was made", "go on")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.mean = state["step"], [x.to(self.device) for x in state["mean"]]
 
 
-def start_cell(config: Config, name: str, seed: int, options: train.Config) -> train.Run:
-    """The cell's run as it was left, or a new one."""
-    train_set, scenes = labelled_scenes(config, seed)
-    torch.manual_seed(seed)
-    size = {"num_classes": len(train_set.classes.names), "in_channels": scenes[0].image.shape[2]}
-    model = SETTINGS[name].build(ModelConfig(variant=config.variant, **size))
-    if name == "frozen":
-        model.load_cnn(config.out / "cnn" / str(seed) / "last.pt")
-    windows = train.make_windows(options, scenes, augment=config.augment == "on")
-    # Scored on the test split: looked at once, after the last step.
-    run = train.Run(options, model, windows, test_set(config))
-    if (options.out / "last.pt").exists():
-        run.restore()
-    return run
+# --- All cells of one seed ------------------------------------------------------------------------
+
+SAVED_EVERY, SHOWN_EVERY = 600, 30  # seconds
+CHECKED_EVERY = 100  # steps: looking at gradients waits for a GPU
+TAUGHT_BY = {"frozen": ["cnn"], "ensemble": ["transformer", "cnn"]}  # cells that they are made from
 
 
-def run_cell(config: Config, name: str, seed: int, ratio: float, threads: int) -> dict:
-    """Train, or go on training, and score. Returns a row of cells.csv."""
+class StoppedError(Exception):
+    """Told to stop; the cells are saved."""
+
+
+def train_side_by_side(cells: list[Cell], windows: Windows, what: str) -> None:
+    """To the end of each, a step of each at a time. StoppedError after a stop signal."""
+    cells = [cell for cell in cells if not cell.finished()]
+    if not cells:
+        return
+    first, last = min(cell.step for cell in cells), max(cell.config.steps for cell in cells)
+    on_gpu = cells[0].device.type == "cuda"
+    threads = torch.get_num_threads() if on_gpu else 1
+    if on_gpu:
+        torch.cuda.synchronize()  # weights are made on another stream than they are trained on
+    begin = saved = shown = time.monotonic()
+    with cli.StopSignal() as stop:
+        for step, images, labels, _ in prefetch(windows, range(first, last), threads):
+            for cell in cells:
+                if cell.step == step and not cell.finished():
+                    cell.train_step(images, labels)
+                    if cell.step % CHECKED_EVERY == 0 or cell.finished():
+                        cell.check_gradients()
+            now, done = time.monotonic(), step + 1
+            if now - shown > SHOWN_EVERY:
+                left = duration((now - begin) / (done - first) * (last - done))
+                print(f"{what}: step {done} of {last}, {left} left", flush=True)
+                shown = now
+            if stop.received or done == last or now - saved > SAVED_EVERY:
+                if on_gpu:
+                    torch.cuda.synchronize()
+                for cell in cells:
+                    cell.save()
+                saved = now
+            if stop.received and done < last:
+                raise StoppedError(what)
+
+
+def run_seed(task: tuple) -> list[dict]:
+    """Train and score a seed's cells that are not done yet. Returns their scores."""
+    config, seed, names, ratio, threads = task
+    machine.keep_freed_memory()
     torch.set_num_threads(threads)
-    options = options_of(config, name, seed, ratio)
-    if not (options.out / "last.pt").exists():
-        shutil.rmtree(options.out, ignore_errors=True)
-        options.out.mkdir(parents=True)
-    run = start_cell(config, name, seed, options)
-    checkpoint.save_json(options.saved() | {"setting": name}, options.out / "config.json")
-    with (
-        open(options.out / "output.txt", "a") as file,
-        redirect_stdout(file),
-        redirect_stderr(file),
-    ):
-        run.fit()
-        run.finish()
-    deployed, *others = run.model.branches
-    scores = {deployed: run.best} | {other: run.best[other] for other in others}
-    row = dict.fromkeys(COLUMNS) | {"setting": name, "seed": seed, "steps": run.step}
-    row["seconds"] = round(run.seconds, 1)
-    row["step_ms"] = round(1000 * run.seconds / run.step, 1)
-    for branch, result in scores.items():
-        row |= per_cent(branch, result)
-    if deployed == "transformer":
-        crops = predicted_crops(run.model.transformer, run.val_set, run.device)
-        np.save(options.out / "crops.npy", crops)
-    return row
+    train_set, splits = load_splits(config)
+    needed = {*names, *(other for name in names for other in TAUGHT_BY.get(name, ()))}
+    cells = {}
+    for name in needed - {"ensemble"}:
+        cells[name] = Cell(name, options_of(config, name, seed, ratio), train_set)
+        cells[name].restore()
+    windows = train.make_windows(next(iter(cells.values())).config, train_set.scenes)
+    frozen = cells.get("frozen")
+    train_side_by_side([c for c in cells.values() if c != frozen], windows, f"seed {seed}")
+    for cell in cells.values():
+        if cell.finished():
+            cell.use_mean()
+    if frozen:
+        if frozen.step == 0:
+            frozen.model.cnn.load_state_dict(cells["cnn"].model.cnn.state_dict())
+        train_side_by_side([frozen], windows, f"seed {seed}, frozen")
+        frozen.use_mean()
+    rows = []
+    for name in (name for name in SETTINGS if name in names):
+        if name == "ensemble":
+            one, other = cells["transformer"].model.transformer, cells["cnn"].model.cnn
+            branches = {"transformer": Ensemble(one, other)}
+        else:
+            branches = cells[name].model.branches
+        device = machine.pick_device(config.device)
+        for branch, model in branches.items():
+            maps = predicted(model.eval(), splits, device)
+            scores = scores_of(maps, splits)
+            rows += [{"setting": name, "seed": seed, "branch": branch} | row for row in scores]
+            if branch == "transformer":
+                split = [*splits][-1]
+                save_crops(maps[split], splits[split], config.out / name / f"{seed}.npy")
+    return rows
 
 
-def per_cent(branch: str, result: dict) -> dict:
-    """A branch's columns of cells.csv; a score that is not defined stays empty."""
-    found = {score: result[score] for score in SCORES if result[score] is not None}
-    return {f"{branch}_{score}": round(100 * value, 3) for score, value in found.items()}
+# --- Scores ---------------------------------------------------------------------------------------
 
 
-def score_ensemble(config: Config, seed: int, test: Dataset) -> dict | None:
-    """A row of cells.csv for (14), or None while one of the two it needs is not finished."""
-    branches = []
-    for name in ("transformer", "cnn"):
-        options = options_of(config, name, seed, 1.0)
-        if not (options.out / "last.pt").exists():
-            return None
-        run = start_cell(config, name, seed, options)
-        if run.step < config.steps:
-            return None
-        branches += run.model.branches.values()
-    result = evaluate(Ensemble(*branches).eval(), test, device=run.device)
-    row = dict.fromkeys(COLUMNS) | {"setting": "ensemble", "seed": seed, "steps": config.steps}
-    return row | per_cent("transformer", result)
-
-
-def test_set(config: Config) -> Dataset:
-    """The test split, or val where a folder has none: no model is selected on either."""
+def load_splits(config: Config) -> tuple[Dataset, dict[str, Dataset]]:
+    """The training split, and those that are scored: val and, where there is one, test."""
     no_test = config.data == "folder" and not (config.root / "test").is_dir()
-    split = "val" if no_test else "test"
-    return load(config.data, config.root, split, cache=config.out / "cache")
+    names = ["train", "val"] if no_test else ["train", "val", "test"]
+    cache = config.out / "cache"
+    train_set, *scored = [load(config.data, config.root, name, cache=cache) for name in names]
+    return train_set, dict(zip(names[1:], scored, strict=True))
 
 
-def step_times(config: Config) -> float:
-    """Median time of a full step over that of the Transformer alone; steps are interleaved."""
-    runs = {}
-    for name in ("transformer", "full"):
-        runs[name] = start_cell(config, name, 0, options_of(config, name, 0, 1.0))
-    times = {name: [] for name in runs}
-    for step in range(24):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            losses = run.train_step(*run.windows.batch(step))
-            float(losses.total)  # waits for a GPU
-            times[name].append(time.perf_counter() - begin)
-    median = {name: statistics.median(values[4:]) for name, values in times.items()}
-    return median["full"] / median["transformer"]
+def predicted(model: nn.Module, splits: dict[str, Dataset], device) -> dict[str, list[np.ndarray]]:
+    """The class maps of whole scenes."""
+    model = ReplayedShapes(model) if device.type == "cuda" else model
+    return {
+        split: [predict_classes(model, scene.image, device=device)[0] for scene in dataset.scenes]
+        for split, dataset in splits.items()
+    }
+
+
+def scores_of(maps: dict[str, list[np.ndarray]], splits: dict[str, Dataset]) -> list[dict]:
+    """Of each split and of all their scenes together; a row a score, in per cent, of a class or
+    of all. A score that is not defined has no row."""
+    counts = {}
+    for split, (classes, scenes, *_) in splits.items():
+        K = len(classes.names)
+        pairs = [(m, scene.label[:]) for m, scene in zip(maps[split], scenes, strict=True)]
+        areas = sum(metrics.confusion_matrix(*pair, K) for pair in pairs)
+        counts[split] = areas, sum(metrics.boundary_counts(*pair, K) for pair in pairs)
+    counts["all"] = tuple(map(sum, zip(*counts.values(), strict=True)))
+    rows = []
+    for split, (areas, outlines) in counts.items():
+        found = metrics.scores(areas) | metrics.boundary_f1(outlines)
+        values = {(score, ""): found[score] for score in ("miou", "boundary_f1", "mf1", "oa")}
+        for k, name in enumerate(classes.names):
+            values["iou", name] = found["iou"][k]
+            values["boundary_f1", name] = found["boundary_f1_per_class"][k]
+        for (score, name), value in values.items():
+            if value is not None:
+                row = {"split": split, "score": score, "class": name}
+                rows.append(row | {"value": round(100 * value, 3)})
+    return rows
 
 
 # --- Boundaries side by side ----------------------------------------------------------------------
@@ -218,7 +292,7 @@ CROP, CROPS = 96, 3
 
 def crop_places(scene: Scene) -> tuple[slice, slice]:
     """The CROP x CROP window of a scene with the most boundary."""
-    near = (erode(scene.label).numpy() == IGNORE) & (scene.label != IGNORE)
+    near = (metrics.erode(scene.label).numpy() == IGNORE) & (scene.label != IGNORE)
     sums = np.pad(near.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     side = min(CROP, *scene.label.shape)
     counts = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
@@ -226,22 +300,19 @@ def crop_places(scene: Scene) -> tuple[slice, slice]:
     return slice(top, top + side), slice(left, left + side)
 
 
-def predicted_crops(transformer: torch.nn.Module, test: Dataset, device) -> np.ndarray:
-    """(CROPS, side, side) uint8 classes around boundaries of the first test scenes."""
-    transformer.eval()
-    maps = [
-        predict_classes(transformer, scene.image, device=device)[0][crop_places(scene)]
-        for scene in test.scenes[:CROPS]
-    ]
-    side = min(len(m) for m in maps)
-    return np.stack([m[:side, :side] for m in maps])
+def save_crops(maps: list[np.ndarray], dataset: Dataset, path: Path) -> None:
+    """Classes (CROPS, side, side) around boundaries of the first scenes."""
+    crops = [m[crop_places(scene)] for m, scene in zip(maps, dataset.scenes[:CROPS], strict=False)]
+    side = min(map(len, crops))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, np.stack([crop[:side, :side] for crop in crops]))
 
 
-def draw_crops(config: Config, test: Dataset, seed: int = 0):
+def draw_crops(config: Config, test: Dataset, seed: int):
     """Image, truth and every setting's map; None while no cell of that seed is there."""
     columns = {}
     for name, setting in SETTINGS.items():
-        path = config.out / name / str(seed) / "crops.npy"
+        path = config.out / name / f"{seed}.npy"
         if path.exists():
             columns[f"({setting.number}) {name}"] = list(np.load(path))
     if not columns:
@@ -257,8 +328,24 @@ def draw_crops(config: Config, test: Dataset, seed: int = 0):
 # --- Running it -----------------------------------------------------------------------------------
 
 
-def prepare(config: Config) -> dict:
-    """options.json of the table: what its cells have in common, and the measured time ratio."""
+def step_times(config: Config, dataset: Dataset) -> dict[str, float]:
+    """Median milliseconds of a step of each setting that is trained; steps are interleaved."""
+    names = {"transformer", "full", *config.settings} - {"ensemble", "doubled", "perturbed"}
+    names.discard("equal-time")  # the same step as the Transformer alone
+    cells = [Cell(name, options_of(config, name, 0, 1.0), dataset) for name in sorted(names)]
+    windows, times = train.make_windows(cells[0].config, dataset.scenes), {n: [] for n in names}
+    for step in range(24):
+        batch = windows.batch(step)
+        for cell in cells:
+            begin = time.perf_counter()
+            cell.train_step(*batch)
+            cell.check_gradients()  # waits for a GPU
+            times[cell.name].append(1000 * (time.perf_counter() - begin))
+    return {name: round(statistics.median(ms[4:]), 2) for name, ms in sorted(times.items())}
+
+
+def prepare(config: Config, dataset: Dataset) -> dict:
+    """options.json of the table: what its cells have in common, and the time of a step of each."""
     path = config.results / "options.json"
     if path.exists():
         before = json.loads(path.read_text())
@@ -266,92 +353,60 @@ def prepare(config: Config) -> dict:
         cli.require_same(config.shared(), before, f"{config.results}: was made", go_on)
         return before
     config.results.mkdir(parents=True, exist_ok=True)
-    options = config.shared() | {"time_ratio": round(step_times(config), 3)}
-    options["machine"] = machine.describe(machine.pick_device(config.device))
+    times = step_times(config, dataset)
+    options = config.shared() | {"time_ratio": round(times["full"] / times["transformer"], 3)}
+    options |= {"step_ms": times, "machine": machine.describe(machine.pick_device(config.device))}
     checkpoint.save_json(options, path)
     return options
 
 
-def chains(config: Config, done: set) -> list[list[tuple[str, int]]]:
-    """Cells that are still to be run, seed by seed; within a chain one waits for the one before."""
-    found = []
-    for seed in range(config.seeds):
-        wanted = [
-            name
-            for name, setting in SETTINGS.items()
-            if name in config.settings and setting.build and (name, seed) not in done
-        ]
-        cnn = config.out / "cnn" / str(seed) / "last.pt"
-        if "frozen" in wanted:
-            before = ["cnn"] if "cnn" in wanted or not cnn.exists() else []
-            found.append([(name, seed) for name in [*before, "frozen"]])
-            wanted = [name for name in wanted if name not in ("cnn", "frozen")]
-        found += [[(name, seed)] for name in wanted]
-    return found
-
-
-class StoppedError(Exception):
-    """A run was told to stop, and saved what it had."""
-
-
-def run_chain(task: tuple) -> list[dict]:
-    """One chain of cells, in a process of its own."""
-    config, chain, ratio, threads = task
-    machine.keep_freed_memory()
-    try:
-        return [run_cell(config, name, seed, ratio, threads) for name, seed in chain]
-    except SystemExit:
-        raise StoppedError(f"{chain[0]}") from None  # a pool would wait for ever for an exit
-
-
-def report(config: Config, rows: list[dict]) -> None:
-    write_cells(rows, config.results / "cells.csv")
-    (config.results / "table.md").write_text(markdown(rows, config.seeds))
-    if found := difference_rows(rows, "transformer_miou"):
-        title = "Transformer mIoU minus that of the Transformer alone, points"
+def report(config: Config, rows: list[dict], options: dict) -> None:
+    if not rows:
+        return
+    write_scores(rows, config.results / "scores.csv")
+    (config.results / "table.md").write_text(markdown(rows, config.seeds, options))
+    if found := difference_rows(rows):
+        title = "The Transformer's mIoU minus that of the Transformer alone, points"
         pictures.forest(found, title).save(config.results / "differences.png")
 
 
-def run_cells(config: Config, rows: list[dict], ratio: float) -> list[dict]:
-    """Run what is not among `rows`; returns all rows. The table is written after each chain."""
-    todo = chains(config, {(row["setting"], row["seed"]) for row in rows})
+def run_cells(config: Config, rows: list[dict], options: dict) -> list[dict]:
+    """Run what is not among `rows`; returns all rows. The table is written after each seed."""
+    done, tasks = {(row["setting"], row["seed"]) for row in rows}, []
     threads = max(1, torch.get_num_threads() // config.jobs)
-    print(f"{len(rows)} cells are there, {sum(map(len, todo))} to run, {config.jobs} at a time")
-    tasks = [(config, chain, ratio, threads) for chain in todo]
-    # Leaving the block, for whatever reason, sends SIGTERM to what still runs: a run then saves.
+    for seed in range(config.first_seed, config.first_seed + config.seeds):
+        names = [name for name in config.settings if (name, seed) not in done]
+        if names:
+            tasks.append((config, seed, names, options["time_ratio"], threads))
+    print(f"{len(done)} cells are there, {sum(len(task[2]) for task in tasks)} to run", flush=True)
+    # Leaving the block, for whatever reason, sends SIGTERM to what still runs: it then saves.
     with get_context("spawn").Pool(config.jobs, maxtasksperchild=1) as pool:
-        for finished in pool.imap_unordered(run_chain, tasks):
-            done = {(row["setting"], row["seed"]) for row in finished}
-            rows = [row for row in rows if (row["setting"], row["seed"]) not in done] + finished
-            report(config, rows)
-            for row in finished:
-                print(f"{row['setting']:13} seed {row['seed']}  {row['seconds']:.0f} s", flush=True)
+        for finished in pool.imap_unordered(run_seed, tasks):
+            rows = rows + finished
+            report(config, rows, options)
+            print(f"seed {finished[0]['seed']} is done", flush=True)
     return rows
 
 
 def main(arguments: list[str]) -> None:
     config = cli.parse(Config, arguments, __doc__.partition("\n")[0])
-    options = prepare(config)
-    rows = read_cells(config.results / "cells.csv")
-    # Without a handler SIGTERM would end this process and leave its runs alone.
+    train_set, splits = load_splits(config)
+    options = prepare(config, train_set)
+    rows = read_scores(config.results / "scores.csv")
+    # Without a handler SIGTERM would end this process and leave its cells alone.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        rows = run_cells(config, rows, options["time_ratio"])
+        rows = run_cells(config, rows, options)
     except StoppedError:
         print("interrupted: the same command goes on from here")
         sys.exit(128 + signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before)
-    test = test_set(config)
-    if "ensemble" in config.settings:
-        there = {row["seed"] for row in rows if row["setting"] == "ensemble"}
-        open_seeds = (seed for seed in range(config.seeds) if seed not in there)
-        rows += filter(None, (score_ensemble(config, seed, test) for seed in open_seeds))
-    report(config, rows)
-    if sheet := draw_crops(config, test):
+    report(config, rows, options)
+    if sheet := draw_crops(config, [*splits.values()][-1], config.first_seed):
         sheet.save(config.out / "crops.png")
     print((config.results / "table.md").read_text())
 
 
 if __name__ == "__main__":
-    cli.run(main, DataError, checkpoint.CheckpointError)
+    cli.run(main, DataError, checkpoint.CheckpointError, train.DivergedError)

@@ -1,12 +1,11 @@
 """The settings of the ablation: the method and its controls, each built from the method's parts.
 
     model = SETTINGS["full"].build(ModelConfig(variant="tiny"))         # for train.Run
-    scenes = few_labels(dataset, first=2, count=1, side=192)            # for data.Windows
 
 A control removes or replaces one part of the method: one branch alone, a second Transformer instead
-of the CNN, a CNN that no longer learns, few labels. None of them is part
-of the method, so ctclm.py and train.py know nothing of them. A model of its own here has what
-train.Run asks of CTCLM: `config`, `branches`, `projectors`, `shared_space` and `objective`.
+of the CNN, a CNN that no longer learns. None of them is part of the method, so ctclm.py and
+train.py know nothing of them. A model of its own here has what train.Run asks of CTCLM: `config`,
+`branches`, `projectors`, `shared_space` and `objective`.
 
 Letters: B batch, H W pixels, K classes, D shared dimension; stages s = 1..4.
 """
@@ -14,10 +13,8 @@ Letters: B batch, H W pixels, K classes, D shared dimension; stages s = 1..4.
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,10 +30,7 @@ from ctclm import (
     covariance_penalty,
     labelled_positions,
 )
-from data import Dataset, Scene
 from kernels import collaborative_loss
-from support import checkpoint, cli
-from support.labels import count_cells
 
 # --- One branch alone -----------------------------------------------------------------------------
 
@@ -117,7 +111,8 @@ def two_transformers(config: ModelConfig) -> CTCLM:
 
 
 class FrozenCNN(CTCLM):
-    """The one-way transfer that the abstract argues against: the CNN teaches and does not learn."""
+    """The one-way transfer that the abstract argues against: the CNN teaches and does not learn.
+    Its weights come from a finished run."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(replace(config, transfer="cnn_to_transformer", align=False))
@@ -126,17 +121,6 @@ class FrozenCNN(CTCLM):
     @property
     def branches(self) -> dict[str, nn.Module]:
         return {"transformer": self.transformer}
-
-    def load_cnn(self, path: Path) -> None:
-        """The CNN of the run that wrote `path`; CheckpointError where there is none of its size."""
-        state = checkpoint.read(path, "ctclm-training")["model"]
-        weights = {key[4:]: value for key, value in state.items() if key.startswith("cnn.")}
-        try:
-            self.cnn.load_state_dict(weights)
-        except RuntimeError:
-            raise checkpoint.CheckpointError(
-                f"{path}: has no CNN of this size; train it with the same --variant"
-            ) from None
 
 
 class Ensemble(nn.Module):
@@ -191,30 +175,5 @@ SETTINGS = {
     "penalised": Setting(
         15, "Transformer alone, covariance penalty", alone("transformer", align=True)
     ),
+    "doubled": Setting(16, "Transformer alone, twice the steps", alone("transformer")),
 }
-
-
-# --- Few labels -----------------------------------------------------------------------------------
-
-
-def few_labels(dataset: Dataset, first: int, count: int, side: int) -> list[Scene]:
-    """`count` scenes from number `first` on (0: all), cut to a square of `side` pixels (0: whole).
-
-    Raises UsageError where there are not so many.
-    """
-    end = first + count if count else len(dataset.scenes)
-    if not first < end <= len(dataset.scenes):
-        raise cli.UsageError(
-            f"--labelled {count} --labelled-from {first}, but there are "
-            f"{len(dataset.scenes)} training scenes"
-        )
-    scenes, K = dataset.scenes[first:end], len(dataset.classes.names)
-    return [middle(scene, side, K) for scene in scenes] if side else scenes
-
-
-def middle(scene: Scene, side: int, K: int) -> Scene:
-    """The square of `side` pixels in the middle of a scene, or what there is of it."""
-    top, left = (max(0, (length - side) // 2) for length in scene.label.shape)
-    area = np.s_[top : top + side, left : left + side]
-    image, label = np.asarray(scene.image[area]), np.asarray(scene.label[area])
-    return scene._replace(image=image, label=label, cells=count_cells(label, K)[..., :K])

@@ -1,11 +1,11 @@
-"""The table of an ablation: cells in a file, paired differences, intervals, pictures.
+"""The table of an ablation: scores in a file, paired differences, intervals, pictures.
 
-    rows = read_cells(path)                     # one dict a cell: setting, seed, scores
-    print(markdown(rows, seeds=10))
-    forest = pictures.forest(difference_rows(rows, "transformer_miou"), title)
+    rows = read_scores(path)            # a dict a score: setting, seed, branch, split, score, class
+    print(markdown(rows, seeds=5, options=options))
+    forest = pictures.forest(difference_rows(rows), title)
 
-A difference is paired: both settings have the same seed, so the same labels and windows. Intervals
-are Student's t at 95 %.
+A difference is paired: both settings have the same seed, so the same windows and the same initial
+Transformer. Intervals are Student's t at 95 %. Scores are in per cent.
 """
 
 import csv
@@ -16,38 +16,44 @@ from experiments.settings import SETTINGS
 from support import pictures
 from support.checkpoint import save_csv
 
-HEADS = "setting, n, mIoU, mF1, OA, boundary F1, CNN mIoU, boundary F1, ms a step, s".split(", ")
-# Every setting minus each of these.
-COMPARED = ("transformer", "equal-time", "decorrelation", "twin")
-SCORES = ("miou", "mf1", "oa", "boundary_f1")
-COLUMNS = (
-    ("setting", "seed", "steps", "step_ms", "seconds")
-    + tuple(f"transformer_{score}" for score in SCORES)
-    + tuple(f"cnn_{score}" for score in SCORES)
-)
+COMPARED = ("transformer", "equal-time", "penalised", "frozen", "twin")  # each minus each of these
+SCORES = {"miou": "mIoU", "boundary_f1": "boundary F1", "mf1": "mF1", "oa": "OA"}
+COLUMNS = ("setting", "seed", "branch", "split", "score", "class", "value")
 # 0.975 quantiles of Student's t with 1, 2, ... degrees of freedom
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 T_QUANTILES += (2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
 
 
-# --- Cells ----------------------------------------------------------------------------------------
+# --- Scores ---------------------------------------------------------------------------------------
 
 
-def read_cells(path: Path) -> list[dict]:
+def read_scores(path: Path) -> list[dict]:
     if not path.exists():
         return []
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    for row in rows:
-        row |= {"seed": int(row["seed"]), "steps": int(row["steps"])}
-        row |= {key: float(row[key]) if row[key] else None for key in COLUMNS[3:]}
-    return rows
+    return [row | {"seed": int(row["seed"]), "value": float(row["value"])} for row in rows]
 
 
-def write_cells(rows: list[dict], path: Path) -> None:
+def write_scores(rows: list[dict], path: Path) -> None:
     order = list(SETTINGS)
     rows = sorted(rows, key=lambda row: (row["seed"], order.index(row["setting"])))
     save_csv(rows, COLUMNS, path)
+
+
+def reported(rows: list[dict]) -> list[dict]:
+    """Those of the test split, or of val where there is no test split."""
+    split = "test" if any(row["split"] == "test" for row in rows) else "val"
+    return [row for row in rows if row["split"] == split]
+
+
+def by_seed(
+    rows: list[dict], setting: str, score: str, of_class: str = "", branch: str = "transformer"
+) -> dict[int, float]:
+    """One score of a setting for each of its seeds; of a class, or "" for the one of all. The rows
+    are of one split."""
+    wanted, keys = (setting, branch, score, of_class), ("setting", "branch", "score", "class")
+    return {row["seed"]: row["value"] for row in rows if tuple(map(row.get, keys)) == wanted}
 
 
 # --- Statistics -----------------------------------------------------------------------------------
@@ -62,15 +68,20 @@ def interval(differences: list[float]) -> tuple[float, float | None]:
     return mean, T_QUANTILES[n - 2] * statistics.stdev(differences) / n**0.5
 
 
-def differences(rows: list[dict], setting: str, other: str, column: str) -> list[float]:
+def differences(
+    rows: list[dict], setting: str, other: str, score: str, of_class: str = ""
+) -> list[float]:
     """setting - other for each seed that both have."""
-
-    def by_seed(name: str) -> dict[int, float]:
-        mine = [row for row in rows if row["setting"] == name and row[column] is not None]
-        return {row["seed"]: row[column] for row in mine}
-
-    ours, theirs = by_seed(setting), by_seed(other)
+    ours, theirs = (by_seed(rows, name, score, of_class) for name in (setting, other))
     return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def shown(differences: list[float]) -> str:
+    """+1.2 ± 0.5 * (n = 5); the star says that the interval excludes zero."""
+    mean, half = interval(differences)
+    width = "" if half is None else f" ± {half:.1f}"
+    mark = " *" if half is not None and abs(mean) > half else ""
+    return f"{mean:+.1f}{width}{mark} (n = {len(differences)})"
 
 
 def spread(values: list[float]) -> str:
@@ -80,60 +91,75 @@ def spread(values: list[float]) -> str:
     return f"{statistics.fmean(values):.1f}{sd}"
 
 
-def markdown(rows: list[dict], seeds: int) -> str:
-    """Two tables: scores, and paired differences."""
+# --- As text --------------------------------------------------------------------------------------
 
-    def values(name: str, column: str) -> list[float]:
-        return [row[column] for row in rows if row["setting"] == name and row[column] is not None]
 
+def markdown(rows: list[dict], seeds: int, options: dict) -> str:
+    """Scores; paired differences of both endpoints; the classes in which full differs."""
+    rows = reported(rows)
+    lines = scores_table(rows, seeds, options)
+    for score in ("miou", "boundary_f1"):
+        lines += difference_table(rows, score)
+    return "\n".join(lines + class_table(rows, "full")) + "\n"
+
+
+def scores_table(rows: list[dict], seeds: int, options: dict) -> list[str]:
+    heads = ["n", *SCORES.values(), "CNN's mIoU", "boundary F1", "ms a step"]
     lines = [
-        "Per cent, mean ± standard deviation over n seeds.",
+        f"On the {rows[0]['split']} split, per cent: mean ± standard deviation over n seeds.",
         "",
-        f"| | {' | '.join(HEADS)} |",
-        "|" + " --- |" * (1 + len(HEADS)),
+        f"| | setting | {' | '.join(heads)} |",
+        "|" + " --- |" * (2 + len(heads)),
     ]
     for name, setting in SETTINGS.items():
-        n = sum(row["setting"] == name for row in rows)
-        cells = [spread(values(name, f"transformer_{score}")) for score in SCORES]
-        cells += [spread(values(name, f"cnn_{score}")) for score in ("miou", "boundary_f1")]
-        for column, digits in (("step_ms", 0), ("seconds", 0)):
-            found = values(name, column)
-            cells.append(f"{statistics.median(found):.{digits}f}" if found else "-")
-        state = str(n) if n >= seeds else f"{n}, open" if n else "open"
-        lines.append(f"| {setting.number} | {setting.name} | {state} | {' | '.join(cells)} |")
-    for column, title in (("miou", "mIoU"), ("boundary_f1", "boundary F1")):
-        heads = " | ".join(f"minus ({SETTINGS[other].number})" for other in COMPARED)
-        lines += [
-            "",
-            f"Transformer {title}, paired differences with 95 % t-intervals (* excludes zero).",
-            "",
-            f"| | setting | {heads} |",
-            "| --- | --- | --- | --- | --- | --- |",
-        ]
-        for name, setting in SETTINGS.items():
-            cells = []
-            for other in COMPARED:
-                found = differences(rows, name, other, f"transformer_{column}")
-                if name == other or not found:
-                    cells.append("")
-                    continue
-                mean, half = interval(found)
-                width = "" if half is None else f" ± {half:.1f}"
-                mark = " *" if half is not None and abs(mean) > half else ""
-                cells.append(f"{mean:+.1f}{width}{mark} (n = {len(found)})")
-            if any(cells):
-                lines.append(f"| {setting.number} | {setting.name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        found = [[*by_seed(rows, name, score).values()] for score in SCORES]
+        found += [[*by_seed(rows, name, s, branch="cnn").values()] for s in ("miou", "boundary_f1")]
+        n = max(map(len, found))
+        same = {"equal-time": "transformer", "doubled": "transformer", "perturbed": "transformer"}
+        ms = options["step_ms"].get(same.get(name, name))
+        cells = [str(n) if n >= seeds else f"{n}, open" if n else "open", *map(spread, found)]
+        cells.append("-" if ms is None else f"{ms:.1f}")
+        lines.append(f"| {setting.number} | {setting.name} | {' | '.join(cells)} |")
+    return lines
 
 
-def difference_rows(rows: list[dict], column: str) -> list[pictures.Difference]:
-    """Each setting against the Transformer alone."""
-    found = []
+def difference_table(rows: list[dict], score: str) -> list[str]:
+    heads = " | ".join(f"minus ({SETTINGS[other].number})" for other in COMPARED)
+    lines = [
+        "",
+        f"The Transformer's {SCORES[score]}, paired differences with 95 % t-intervals "
+        "(* excludes zero).",
+        "",
+        f"| | setting | {heads} |",
+        "|" + " --- |" * (2 + len(COMPARED)),
+    ]
     for name, setting in SETTINGS.items():
-        values = differences(rows, name, "transformer", column)
+        found = [name != other and differences(rows, name, other, score) for other in COMPARED]
+        cells = [shown(values) if values else "" for values in found]
+        if any(cells):
+            lines.append(f"| {setting.number} | {setting.name} | {' | '.join(cells)} |")
+    return lines
+
+
+def class_table(rows: list[dict], name: str) -> list[str]:
+    """Of one setting, minus (1) and minus (2)."""
+    classes = dict.fromkeys(row["class"] for row in rows if row["class"])
+    others = ("transformer", "equal-time")
+    heads = [f"{s} minus ({SETTINGS[o].number})" for s in ("IoU", "boundary F1") for o in others]
+    lines = ["", f"({SETTINGS[name].number}) {SETTINGS[name].name}, class by class.", ""]
+    lines += [f"| class | {' | '.join(heads)} |", "|" + " --- |" * (1 + len(heads))]
+    for k in classes:
+        found = [differences(rows, name, o, s, k) for s in ("iou", "boundary_f1") for o in others]
+        lines.append(f"| {k} | {' | '.join(shown(values) if values else '' for values in found)} |")
+    return lines if classes else []
+
+
+def difference_rows(rows: list[dict], score: str = "miou") -> list[pictures.Difference]:
+    """Each setting against the Transformer alone."""
+    rows, found = reported(rows), []
+    for name, setting in SETTINGS.items():
+        values = differences(rows, name, "transformer", score)
         if values and name != "transformer":
-            mean, half = interval(values)
-            found.append(
-                pictures.Difference(f"({setting.number}) {setting.name}", values, mean, half)
-            )
+            title = f"({setting.number}) {setting.name}"
+            found.append(pictures.Difference(title, values, *interval(values)))
     return found

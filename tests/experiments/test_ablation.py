@@ -2,13 +2,10 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,17 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-import train
-from data import Scene, load
+from data import Scene
 from experiments import ablation
-from experiments.settings import SETTINGS, few_labels
-from experiments.table import read_cells
+from experiments.settings import SETTINGS
+from experiments.table import read_scores
+from infer import evaluate
 from support import cli
 from support.checkpoint import CheckpointError, read
 from support.raster import DataError
 
 ERRORS = (DataError, CheckpointError)
-ROOT = Path(__file__).parents[2]
+TRAINED = [name for name, setting in SETTINGS.items() if setting.build]
 
 
 @pytest.fixture(autouse=True)
@@ -42,18 +39,35 @@ def small(tmp_path, write_folder):
 
     def config(**options):
         settings = {"data": "folder", "root": root, "steps": 2, "batch": 2, "crop": 32, "seeds": 1}
-        settings |= {"labelled": 1, "labelled_from": (0, 1, 0, 1), "labelled_side": 0}
-        settings |= {"device": "cpu"}
-        settings |= {"results": tmp_path / "results", "out": tmp_path / "runs"}
+        settings |= {"device": "cpu", "results": tmp_path / "results", "out": tmp_path / "runs"}
         return ablation.Config(**settings | options)
 
     return config
 
 
+def on_command_line(config, *settings):
+    """The arguments that give this configuration."""
+    names = "data root steps batch crop seeds jobs device results out".split()
+    arguments = [x for key in names for x in (cli.flag(key), getattr(config, key))]
+    return [*arguments, "--settings", *settings]
+
+
 @pytest.fixture
 def measured(monkeypatch):
-    """A ratio of times that nobody has to measure."""
-    monkeypatch.setattr(ablation, "step_times", lambda _: 2.5)
+    """Times that nobody has to measure."""
+    monkeypatch.setattr(ablation, "step_times", lambda *_: {"full": 5.0, "transformer": 2.0})
+
+
+@pytest.fixture
+def cell(small):
+    """cell(name, **options) -> the cell of seed 3, and the training set."""
+
+    def make(name, **options):
+        config = small(**options)
+        train_set, _ = ablation.load_splits(config)
+        return ablation.Cell(name, ablation.options_of(config, name, 3, 2.0), train_set), train_set
+
+    return make
 
 
 class ThisProcess:
@@ -72,52 +86,31 @@ class ThisProcess:
 # --- What the settings share, and where they differ ----------------------------------------------
 
 
-def test_equal_windows_and_equal_initial_transformer_weights_in_every_setting(small):
-    config = small()
-    ablation.run_cell(config, "cnn", 3, 1.0, 1)  # the frozen setting needs it
-    shutil.move(config.out / "cnn/3/last.pt", config.out / "cnn.pt")
-    first = None
-    for name in (name for name, setting in SETTINGS.items() if setting.build):
-        (config.out / "cnn/3").mkdir(parents=True, exist_ok=True)
-        if name == "frozen":
-            shutil.copy(config.out / "cnn.pt", config.out / "cnn/3/last.pt")
-        run = ablation.start_cell(config, name, 3, ablation.options_of(config, name, 3, 2.0))
-        images, labels = run.windows.batch(5)
-        transformer = run.model.branches.get("transformer")
-        weights = transformer.state_dict() if transformer else None
-        first = first or (images, labels, weights)
-        assert np.array_equal(images, first[0]) and np.array_equal(labels, first[1]), name
-        for key in weights or ():
-            assert torch.equal(weights[key], first[2][key]), (name, key)
+def test_every_setting_starts_with_the_same_transformer(cell):
+    first, _ = cell("transformer")
+    for name in TRAINED:
+        transformer = cell(name)[0].model.branches.get("transformer")
+        for key, x in transformer.state_dict().items() if transformer else ():
+            assert torch.equal(x, first.model.transformer.state_dict()[key]), (name, key)
 
 
-def test_each_seed_has_labels_of_its_own(small, towns, monkeypatch):
-    """By default on toy: a square in which every class occurs."""
-    monkeypatch.setattr("support.toy.scene", towns.__getitem__)
-    config = small()
-    for seed, scene in enumerate((0, 1, 0, 1)):
-        train_set, (labelled,) = ablation.labelled_scenes(config, seed)
-        assert labelled.name == train_set.scenes[scene].name
-        _, everything = ablation.labelled_scenes(replace(config, labelled=0), seed)
-        assert len(everything) == 2
-    toy = ablation.Config()
-    assert len(set(toy.labelled_from)) == len(toy.labelled_from) >= toy.seeds
-    dataset = load("toy", None, "train")
-    for k in toy.labelled_from:
-        (scene,) = few_labels(dataset, k, 1, toy.labelled_side)
-        assert np.bincount(scene.label.ravel(), minlength=6)[:6].min() >= 100, k
-    with pytest.raises(cli.UsageError, match="has 4 scenes for 5 seeds"):
-        small(seeds=5)
+def test_every_setting_sees_the_same_windows(cell, monkeypatch):
+    """One with more steps goes on alone."""
+    seen = {}
+
+    def note(self, images, labels):
+        seen.setdefault(self.name, []).append(images.sum() + labels.sum(dtype=int))
+        self.step += 1
+
+    monkeypatch.setattr(ablation.train.Run, "train_step", note)
+    made = [cell(name) for name in ("transformer", "full", "doubled")]
+    windows = ablation.train.make_windows(made[0][0].config, made[0][1].scenes)
+    ablation.train_side_by_side([c for c, _ in made], windows, "test")
+    assert len(set(seen["doubled"])) == 4  # of two windows
+    assert seen["transformer"] == seen["full"] == seen["doubled"][:2]
 
 
-def test_the_plain_command_goes_on_with_the_committed_table():
-    """`python -m experiments.ablation` has the options of experiments/results/toy."""
-    toy = ablation.Config()
-    committed = json.loads((ROOT / toy.results / "options.json").read_text())
-    assert {name: committed[name] for name in toy.shared()} == toy.shared()
-
-
-def test_only_time_and_rate_differ_between_the_options_of_settings(small):
+def test_only_steps_and_rate_differ_between_the_options_of_settings(small):
     config = small()
     full = ablation.options_of(config, "full", 0, 2.5).saved()
 
@@ -126,39 +119,42 @@ def test_only_time_and_rate_differ_between_the_options_of_settings(small):
         return {key: value for key, value in saved.items() if value != full[key]}
 
     wanted = {name: {} for name in SETTINGS}
-    wanted["equal-time"] = {"steps": 5}
+    wanted |= {"equal-time": {"steps": 5}, "doubled": {"steps": 4}}
     wanted["perturbed"] = {"lr": pytest.approx(3e-3 * 1.0001)}
     assert {name: changed(name) for name in SETTINGS} == wanted
+
+
+def test_the_mean_is_over_the_last_tenth_of_the_steps(cell):
+    """Of 20 steps the last two; a batch norm's statistics too."""
+    one, train_set = cell("full", steps=20)
+    windows, kept = ablation.train.make_windows(one.config, train_set.scenes), []
+    for step in range(20):
+        one.train_step(*windows.batch(step))
+        kept.append([x.clone() for x in one.weights()])
+    one.use_mean()
+    for found, *last_two in zip(one.weights(), *kept[-2:], strict=True):
+        torch.testing.assert_close(found, sum(last_two) / 2)
+    names = [k for k, x in one.model.state_dict().items() if x.is_floating_point()]
+    assert any("running_var" in name for name in names) and len(names) == len(one.weights())
 
 
 # --- Cells --------------------------------------------------------------------------------------
 
 
 def test_a_table_goes_on_where_it_stopped(small, program, measured, monkeypatch):
-    """Its first four cells in this process, the fifth in one of its own."""
-    config = small()
-    arguments = ["--data", "folder", "--root", config.root, "--steps", 2, "--batch", 2]
-    arguments += ["--crop", 32, "--labelled", 1, "--labelled-from", 0, 1, 0, 1, "--device", "cpu"]
-    arguments += ["--labelled-side", 0, "--results", config.results, "--out", config.out]
-    arguments += ["--jobs", 2]
-    settings = ["--settings", "transformer", "frozen", "full"]
+    """Seed 0 in this process, seed 1 in one of its own."""
+    config = small(jobs=2)
+    settings = ["transformer", "frozen", "full", "ensemble"]
     with monkeypatch.context() as patch:
         patch.setattr(ablation, "get_context", lambda _: SimpleNamespace(Pool=ThisProcess))
-        assert program(ablation.main, ERRORS, *arguments, *settings, "--seeds", 1) == (0, "")
-    found = read_cells(config.results / "cells.csv")
-    assert [(row["setting"], row["seed"]) for row in found] == [
-        ("transformer", 0),
-        ("cnn", 0),  # the frozen setting's teacher
-        ("frozen", 0),
-        ("full", 0),
-    ]
-    assert (config.out / "full/0/metrics.json").exists()
-    assert (config.out / "full/0/log.csv").exists()
+        assert program(ablation.main, ERRORS, *on_command_line(config, *settings)) == (0, "")
+    found = read_scores(config.results / "scores.csv")
+    names = dict.fromkeys(row["setting"] for row in found)
+    assert [*names] == ["transformer", "frozen", "full", "ensemble"]
+    assert (config.out / "cnn/0.pt").exists()  # the frozen one's teacher
     table = (config.results / "table.md").read_text()
-    assert (
-        "| 9 | full | 1 |" in table
-        and "| 12 | full, a second Transformer for the CNN | open |" in table
-    )
+    assert "| 9 | full | 1 |" in table
+    assert "| 12 | full, a second Transformer for the CNN | open |" in table
     assert Image.open(config.results / "differences.png").width > 500
     assert Image.open(config.out / "crops.png").width > 100
 
@@ -167,117 +163,117 @@ def test_a_table_goes_on_where_it_stopped(small, program, measured, monkeypatch)
 
     # Seed 0 is finished: only the cell of seed 1 may be run.
     monkeypatch.setattr(ablation, "step_times", forbidden)
-    before = (config.out / "full/0/last.pt").stat().st_mtime_ns
-    again = ["--settings", "full", "--seeds", 2]
-    assert program(ablation.main, ERRORS, *arguments, *again) == (0, "")
-    assert (config.out / "full/0/last.pt").stat().st_mtime_ns == before
-    assert len(read_cells(config.results / "cells.csv")) == len(found) + 1
+    before = (config.out / "full/0.pt").stat().st_mtime_ns
+    again = on_command_line(small(jobs=2, seeds=2), "full")
+    assert program(ablation.main, ERRORS, *again) == (0, "")
+    assert (config.out / "full/0.pt").stat().st_mtime_ns == before
+    rows = read_scores(config.results / "scores.csv")
+    assert {row["seed"] for row in rows if row["setting"] == "full"} == {0, 1}
+    assert [row for row in rows if row["seed"] == 0] == found
 
 
-def test_a_cell_that_was_killed_is_finished(small, monkeypatch):
-    """Killed before anything was saved, it starts afresh; after, it goes on to the same weights."""
-    config = small(steps=6)
-    whole = small(steps=6, out=config.out.parent / "whole")
-    row = ablation.run_cell(whole, "full", 0, 1.0, 1)
-    cell = ablation.options_of(config, "full", 0, 1.0)
-    cell.out.mkdir(parents=True)
-    (cell.out / "log.csv").write_text("half a li")  # the first kill
+def test_a_cell_that_was_stopped_ends_in_the_same_weights(small, monkeypatch):
+    whole, config = small(steps=20, out=small().out / "whole"), small(steps=20)
+    task = (0, ["full", "frozen"], 1.0, 1)
+    wanted = ablation.run_seed((whole, *task))
+    told = ablation.train.Run.train_step
 
-    class Killed(train.Run):
-        def train_step(self, *arguments):
-            if self.step == 4:
-                self.save()
-                raise KeyboardInterrupt
-            return super().train_step(*arguments)
+    def stop_at_19(self, *batch):
+        told(self, *batch)
+        if self.step == 19 and self.name == "full":
+            signal.raise_signal(signal.SIGTERM)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "Run", Killed)
-        ablation.run_cell(config, "full", 0, 1.0, 1)
-    assert read(cell.out / "last.pt", "ctclm-training")["step"] == 4
-    again = ablation.run_cell(config, "full", 0, 1.0, 1)
-    ours, theirs = (
-        read(c.out / "full/0/last.pt", "ctclm-training")["model"] for c in (config, whole)
-    )
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert again["transformer_miou"] == row["transformer_miou"]
+    with monkeypatch.context() as patch, pytest.raises(ablation.StoppedError):
+        patch.setattr(ablation.train.Run, "train_step", stop_at_19)
+        ablation.run_seed((config, *task))
+    assert read(config.out / "full/0.pt", "ctclm-cell")["step"] == 19
+    assert ablation.run_seed((config, *task)) == wanted
+    for name in ("full", "frozen"):
+        ours, theirs = (read(c.out / f"{name}/0.pt", "ctclm-cell") for c in (config, whole))
+        assert all(torch.equal(ours["model"][key], x) for key, x in theirs["model"].items())
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as on POSIX")
-@pytest.mark.parametrize("to_a_run", [False, True])
-def test_an_interrupted_table_saves_its_runs(small, measured, to_a_run):
-    """Told to stop, the program or one of its runs: nothing is left running, and all saved."""
-    config = small()
-    ablation.prepare(replace(config, steps=100_000))  # here, where nothing is measured
-    arguments = ["--data", "folder", "--root", config.root, "--steps", 100_000, "--batch", 2]
-    arguments += ["--crop", 32, "--labelled", 1, "--labelled-from", 0, 1, 0, 1, "--jobs", 2]
-    arguments += ["--seeds", 4, "--device", "cpu"]
-    arguments += ["--labelled-side", 0, "--settings", "transformer", "full"]
-    arguments += ["--results", config.results, "--out", config.out]
+@pytest.mark.parametrize("to_a_seed", [False, True])
+def test_an_interrupted_table_saves_its_cells(small, measured, to_a_seed):
+    """Told to stop, the program or one of its seeds: nothing is left running, and all saved."""
+    config = small(steps=100_000, seeds=4, jobs=2)
+    ablation.prepare(config, None)  # here, where nothing is measured
+    arguments = on_command_line(config, "transformer", "full")
     process = subprocess.Popen([sys.executable, "-m", "experiments.ablation", *map(str, arguments)])
-    cells = [config.out / "transformer/0", config.out / "full/0"]
-    limit = time.monotonic() + 120
-    while not all((cell / "output.txt").exists() for cell in cells):
+    run, children = process.pid, f"/proc/{process.pid}/task/{process.pid}/children"
+    if not os.path.exists(children):
+        process.kill()
+        pytest.skip("the system does not list a process's children")
+    limit, seeds = time.monotonic() + 120, []
+    while len(seeds) < 2:  # that have a handler and so have begun to train
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.2)
-    time.sleep(0.5)  # it is written to just before the first step
-    run = process.pid
-    if to_a_run:
-        children = f"/proc/{run}/task/{run}/children"
-        if not os.path.exists(children):
-            process.kill()
-            pytest.skip("the system does not list a process's children")
-        run = max(map(int, open(children).read().split()))
-    os.kill(run, signal.SIGTERM)
-    assert process.wait(60) == 128 + (signal.SIGINT if to_a_run else signal.SIGTERM)
-    for cell in cells:
-        assert read(cell / "last.pt", "ctclm-training")["step"] > 0
+        seeds = [child for child in map(int, open(children).read().split()) if catches(child)]
+    time.sleep(1)  # some steps
+    os.kill(max(seeds) if to_a_seed else run, signal.SIGTERM)
+    assert process.wait(60) == 128 + (signal.SIGINT if to_a_seed else signal.SIGTERM)
+    for name in ("transformer", "full"):
+        for seed in (0, 1):
+            assert read(config.out / name / f"{seed}.pt", "ctclm-cell")["step"] > 0
 
 
-def test_scores_are_of_the_last_step(small):
+def catches(process: int) -> bool:
+    """Whether a process has a handler of its own for SIGTERM."""
+    status = open(f"/proc/{process}/status").read()
+    return int(status.partition("SigCgt:")[2].split()[0], 16) >> (signal.SIGTERM - 1) & 1 == 1
+
+
+def test_scores_are_of_the_mean_weights_on_each_split(small):
     config = small()
-    row = ablation.run_cell(config, "full", 0, 1.0, 1)
-    run = ablation.start_cell(config, "full", 0, ablation.options_of(config, "full", 0, 1.0))
-    scores = run.evaluate(ablation.test_set(config))
-    assert run.step == row["steps"] == 2
-    for branch in ("transformer", "cnn"):
-        assert row[f"{branch}_miou"] == round(100 * scores[branch]["miou"], 3)
+    rows = ablation.run_seed((config, 0, ["full"], 1.0, 1))
+    train_set, splits = ablation.load_splits(config)
+    cell = ablation.Cell("full", ablation.options_of(config, "full", 0, 1.0), train_set)
+    cell.restore()
+    cell.use_mean()
+    found = {(r["branch"], r["split"], r["score"], r["class"]): r["value"] for r in rows}
+    for branch, model in cell.model.branches.items():
+        for split, dataset in splits.items():
+            scores = evaluate(model.eval(), dataset)
+            for name in ("miou", "boundary_f1", "oa"):
+                assert found[branch, split, name, ""] == round(100 * scores[name], 3)
+            for k, iou in enumerate(scores["iou"]):
+                of_class = found.get((branch, split, "iou", dataset.classes.names[k]))
+                assert of_class == (iou if iou is None else round(100 * iou, 3))
 
 
-def test_the_ensemble_is_of_two_finished_cells(small):
+def test_all_scenes_together_are_counted_together():
+    """By hand: one split has 3 of 4 pixels right, the other 1 of 4; together 4 of 8."""
+    label = np.array([[0, 0], [1, 1]], np.uint8)
+    scenes = [Scene("x", np.zeros((2, 2, 3), np.uint8), label)]
+    dataset = SimpleNamespace(names=("a", "b")), scenes
+    maps = {"val": [np.array([[0, 0], [1, 0]])], "test": [np.array([[1, 1], [0, 1]])]}
+    rows = ablation.scores_of(maps, {"val": dataset, "test": dataset})
+    assert [r["value"] for r in rows if r["score"] == "oa"] == [75, 25, 50]
+    ious = {r["class"]: r["value"] for r in rows if r["score"] == "iou" and r["split"] == "all"}
+    assert ious == {"a": round(100 * 2 / 6, 3), "b": round(100 * 2 / 6, 3)}
+
+
+def test_other_options_need_another_table(small, measured):
     config = small()
-    test = ablation.test_set(config)
-    ablation.run_cell(config, "transformer", 0, 1.0, 1)
-    assert ablation.score_ensemble(config, 0, test) is None
-    ablation.run_cell(config, "cnn", 0, 1.0, 1)
-    row = ablation.score_ensemble(config, 0, test)
-    assert (
-        row["setting"] == "ensemble" and row["steps"] == 2 and 0 <= row["transformer_miou"] <= 100
-    )
-    assert row["step_ms"] is row["cnn_miou"] is None
-
-
-def test_other_options_need_another_table(small):
-    config = small()
-    ablation.prepare(config)
-    options = json.loads((config.results / "options.json").read_text())
-    assert options["time_ratio"] > 0 and options["steps"] == 2
-    assert ablation.prepare(config) == options
+    options = ablation.prepare(config, None)
+    assert json.loads((config.results / "options.json").read_text()) == options
+    assert options["time_ratio"] == 2.5 and options["steps"] == 2
     with pytest.raises(cli.UsageError, match="was made with --steps 2, not 3"):
-        ablation.prepare(small(steps=3))
-    with pytest.raises(cli.UsageError, match="made with --labelled-side 0, not 64"):
-        ablation.prepare(small(labelled_side=64))
+        ablation.prepare(small(steps=3), None)
+    cell = ablation.Cell(
+        "full", ablation.options_of(config, "full", 0, 1.0), ablation.load_splits(config)[0]
+    )
+    cell.save()
+    cell.config.lr = 1.0
+    with pytest.raises(cli.UsageError, match="0.pt: was made with --lr 0.003, not 1.0"):
+        cell.restore()
 
 
-def test_the_teacher_comes_first(small):
-    done = {("cnn", 0)}
-    chains = ablation.chains(small(settings=("frozen", "full"), seeds=2), done)
-    # The teacher's row is there but its weights are not: it has to be trained again.
-    assert chains == [
-        [("cnn", 0), ("frozen", 0)],
-        [("full", 0)],
-        [("cnn", 1), ("frozen", 1)],
-        [("full", 1)],
-    ]
+def test_times_are_of_each_setting_that_is_trained(small):
+    config = small(settings=("equal-time", "frozen", "ensemble"))
+    times = ablation.step_times(config, ablation.load_splits(config)[0])
+    assert sorted(times) == ["frozen", "full", "transformer"] and min(times.values()) > 0
 
 
 # --- Pictures and options ------------------------------------------------------------------------
@@ -290,28 +286,17 @@ def test_crop_is_where_the_boundaries_are():
     assert (top.stop, left.stop) == (200, 300) and top.stop - top.start == ablation.CROP
 
 
-def test_bad_options_get_one_sentence(program, tmp_path, small):
+def test_bad_options_get_one_sentence(program):
     code, error = program(ablation.main, ERRORS, "--settings", "fulll")
     assert code == 2 and "there is no fulll; the settings are transformer" in error
     code, error = program(ablation.main, ERRORS, "--seeds", 99)
-    assert code == 2 and "--seeds 1 to 20" in error
-    code, error = program(ablation.main, ERRORS, "--labelled", -1)
-    assert code == 2 and "--labelled must be at least 0" in error
-    few = ["--data", "folder", "--root", small().root, "--labelled", 2, "--labelled-from", 1]
-    few += ["--seeds", 1, "--results", tmp_path / "r", "--out", tmp_path / "o"]
-    code, error = program(ablation.main, ERRORS, *few)
-    assert code == 2 and "--labelled 2 --labelled-from 1, but there are 2 training" in error
+    assert code == 2 and "--seeds must be 1 to 20; got 99" in error
+    code, error = program(ablation.main, ERRORS, "--jobs", 0)
+    assert code == 2 and "--jobs must be positive; got 0" in error
 
 
-def test_the_handler_of_sigterm_is_what_it_was(small, program, measured):
+def test_the_handler_of_sigterm_is_what_it_was(small, program, measured, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    config = small()
-    ablation.prepare(config)
-    arguments = ["--data", "folder", "--root", config.root, "--steps", 2, "--batch", 2]
-    arguments += ["--crop", 32, "--labelled", 1, "--labelled-from", 0, 1, 0, 1, "--device", "cpu"]
-    arguments += ["--labelled-side", 0, "--results", config.results, "--out", config.out]
-    assert program(ablation.main, ERRORS, *arguments, "--seeds", 1, "--settings", "ensemble") == (
-        0,
-        "",
-    )
+    monkeypatch.setattr(ablation, "get_context", lambda _: SimpleNamespace(Pool=ThisProcess))
+    assert program(ablation.main, ERRORS, *on_command_line(small(), "transformer")) == (0, "")
     assert signal.getsignal(signal.SIGTERM) is before

@@ -1,4 +1,4 @@
-"""experiments/table.py: the arithmetic of the table, and cells in a file."""
+"""experiments/table.py: the arithmetic of the table, and scores in a file."""
 
 import csv
 import math
@@ -7,21 +7,24 @@ import numpy as np
 import pytest
 
 from experiments.table import (
-    COLUMNS,
     T_QUANTILES,
+    class_table,
     difference_rows,
     differences,
     interval,
     markdown,
-    read_cells,
-    write_cells,
+    read_scores,
+    reported,
+    write_scores,
 )
 
+OPTIONS = {"step_ms": {"transformer": 10.0, "full": 24.5}}
 
-def rows(*cells):
-    """cells: (setting, seed, Transformer mIoU)."""
-    names = ("setting", "seed", "transformer_miou")
-    return [dict.fromkeys(COLUMNS) | dict(zip(names, cell, strict=True)) for cell in cells]
+
+def rows(*cells, score="miou", of_class="", branch="transformer", split="test"):
+    """cells: (setting, seed, value)."""
+    of = {"branch": branch, "split": split, "score": score, "class": of_class}
+    return [{"setting": name, "seed": seed, "value": float(v)} | of for name, seed, v in cells]
 
 
 def test_interval_by_hand():
@@ -42,31 +45,48 @@ def test_t_quantiles(df):
 
 def test_only_seeds_that_both_settings_have_are_compared():
     found = rows(("full", 0, 50), ("full", 1, 60), ("twin", 1, 55), ("twin", 2, 1))
-    assert differences(found, "full", "twin", "transformer_miou") == [5]
-    table = markdown(found, 2)
-    assert "| 9 | full | 2 | 55.0 ± 7.1 |" in table
+    assert differences(found, "full", "twin", "miou") == [5]
+    table = markdown(found, 2, OPTIONS)
+    assert "| 9 | full | 2 | 55.0 ± 7.1 |" in table and "| 24.5 |" in table
+    assert "| 12 | full, a second Transformer for the CNN | 2 | 28.0 ± 38.2 |" in table
+    assert "| 3 | CNN alone | open |" in table
     assert "+5.0 (n = 1)" in table
+
+
+def test_only_the_reported_split_and_the_deployed_branch_are_compared():
+    found = rows(("full", 0, 50), ("transformer", 0, 40))
+    found += rows(("full", 0, 1), split="val") + rows(("full", 0, 2), branch="cnn")
+    found += rows(("full", 0, 3), of_class="water") + rows(("full", 0, 4), score="oa")
+    assert differences(reported(found), "full", "transformer", "miou") == [10]
+    assert difference_rows(found)[0].values == [10]
+    (without_test,) = rows(("full", 0, 1), split="val")
+    assert reported([without_test]) == [without_test]
+
+
+def test_each_class_is_compared():
+    found = rows(("full", 0, 30), ("transformer", 0, 10), score="iou", of_class="car")
+    found += rows(("full", 0, 5), ("equal-time", 0, 6), score="boundary_f1", of_class="car")
+    assert class_table(found, "full")[-1] == "| car | +20.0 (n = 1) |  |  | -1.0 (n = 1) |"
 
 
 def test_an_interval_without_zero_is_marked():
     base = [("transformer", seed, 50) for seed in range(3)]
     better = [("full", 0, 52), ("full", 1, 53), ("full", 2, 54)]  # 3 +- 4.303 / sqrt(3) = 2.5
-    assert "+3.0 ± 2.5 * (n = 3)" in markdown(rows(*base, *better), 3)
+    assert "+3.0 ± 2.5 * (n = 3)" in markdown(rows(*base, *better), 3, OPTIONS)
     worse = [("full", 0, 51), ("full", 1, 53), ("full", 2, 52)]  # 2 +- 2.5
-    assert "+2.0 ± 2.5 (n = 3)" in markdown(rows(*base, *worse), 3)
+    assert "+2.0 ± 2.5 (n = 3)" in markdown(rows(*base, *worse), 3, OPTIONS)
 
 
-def test_cells_survive_the_file(tmp_path):
-    found = rows(("full", 1, 50.25), ("transformer", 0, None))
-    for row in found:
-        row |= {"steps": 3}
-    write_cells(found, tmp_path / "cells.csv")
-    assert read_cells(tmp_path / "cells.csv") == sorted(found, key=lambda r: r["seed"])
-    assert len(list(csv.DictReader(open(tmp_path / "cells.csv")))) == 2
+def test_scores_survive_the_file(tmp_path):
+    found = rows(("full", 1, 50.25), ("transformer", 0, 40.125))
+    write_scores(found, tmp_path / "scores.csv")
+    assert read_scores(tmp_path / "scores.csv") == sorted(found, key=lambda row: row["seed"])
+    assert len(list(csv.DictReader(open(tmp_path / "scores.csv")))) == 2
+    assert read_scores(tmp_path / "none.csv") == []
 
 
 def test_each_difference_is_drawn_against_the_transformer_alone():
     found = rows(("transformer", 0, 50), ("full", 0, 52), ("transformer", 1, 51), ("full", 1, 55))
-    (row,) = difference_rows(found, "transformer_miou")
+    (row,) = difference_rows(found)
     assert (row.name, row.values, row.mean) == ("(9) full", [2, 4], 3)
     assert row.half == pytest.approx(12.706 * 2**0.5 / 2**0.5)
