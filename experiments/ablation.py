@@ -23,6 +23,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
@@ -50,7 +51,6 @@ class Config:
     root: Path = cli.option(None, "the data set's folder (toy needs none)")
     settings: tuple[str, ...] = cli.option(tuple(SETTINGS), "which to run")
     seeds: int = cli.option(5, "how many")
-    first_seed: int = cli.option(0, "the first of them")
     variant: Literal["tiny", "b0", "b1", "b2"] = cli.option("tiny", "size of both branches")
     steps: int = cli.option(4000, "optimiser steps of every setting but equal-time and doubled")
     batch: int = cli.option(8, "windows per step")
@@ -68,7 +68,6 @@ class Config:
         )
         most = len(T_QUANTILES) + 1
         cli.require(1 <= self.seeds <= most, f"--seeds must be 1 to {most}; got {self.seeds}")
-        cli.require(self.first_seed >= 0, f"--first-seed is at least 0; got {self.first_seed}")
         cli.require(self.jobs >= 1, f"--jobs must be positive; got {self.jobs}")
 
     def shared(self) -> dict:
@@ -167,19 +166,18 @@ class StoppedError(Exception):
     """Told to stop; the cells are saved."""
 
 
-def train_side_by_side(cells: list[Cell], windows: Windows, what: str) -> None:
-    """To the end of each, a step of each at a time. StoppedError after a stop signal."""
-    cells = [cell for cell in cells if not cell.finished()]
+def train_side_by_side(cells: list[Cell], windows: Windows, end: int) -> None:
+    """To step `end` or to their own, a step of each at a time. StoppedError after a stop signal."""
+    cells = [cell for cell in cells if cell.step < min(end, cell.config.steps)]
     if not cells:
         return
-    first, last = min(cell.step for cell in cells), max(cell.config.steps for cell in cells)
-    on_gpu = cells[0].device.type == "cuda"
+    on_gpu, first = cells[0].device.type == "cuda", min(cell.step for cell in cells)
     threads = torch.get_num_threads() if on_gpu else 1
     if on_gpu:
         torch.cuda.synchronize()  # weights are made on another stream than they are trained on
     begin = saved = shown = time.monotonic()
     with cli.StopSignal() as stop:
-        for step, images, labels, _ in prefetch(windows, range(first, last), threads):
+        for step, images, labels, _ in prefetch(windows, range(first, end), threads):
             for cell in cells:
                 if cell.step == step and not cell.finished():
                     cell.train_step(images, labels)
@@ -187,60 +185,77 @@ def train_side_by_side(cells: list[Cell], windows: Windows, what: str) -> None:
                         cell.check_gradients()
             now, done = time.monotonic(), step + 1
             if now - shown > SHOWN_EVERY:
-                left = duration((now - begin) / (done - first) * (last - done))
-                print(f"{what}: step {done} of {last}, {left} left", flush=True)
+                left = duration((now - begin) / (done - first) * (end - done))
+                names = ", ".join(cell.name for cell in cells)
+                print(f"seed {windows.seed}, {names}: step {done} of {end}, {left} left")
                 shown = now
-            if stop.received or done == last or now - saved > SAVED_EVERY:
+            if stop.received or done == end or now - saved > SAVED_EVERY:
                 if on_gpu:
                     torch.cuda.synchronize()
                 for cell in cells:
                     cell.save()
                 saved = now
-            if stop.received and done < last:
-                raise StoppedError(what)
+            if stop.received and done < end:
+                raise StoppedError(f"seed {windows.seed}")
 
 
-def run_seed(task: tuple) -> list[dict]:
-    """Train and score a seed's cells that are not done yet. Returns their scores."""
+def run_seed(task: tuple) -> int:
+    """Train a seed's cells that are not done yet, and write the maps of each when it is. Returns
+    the seed."""
     config, seed, names, ratio, threads = task
     machine.keep_freed_memory()
     torch.set_num_threads(threads)
     train_set, splits = load_splits(config)
     needed = {*names, *(other for name in names for other in TAUGHT_BY.get(name, ()))}
     cells = {}
-    for name in needed - {"ensemble"}:
+    for name in (name for name in SETTINGS if name in needed - {"ensemble"}):
         cells[name] = Cell(name, options_of(config, name, seed, ratio), train_set)
         cells[name].restore()
     windows = train.make_windows(next(iter(cells.values())).config, train_set.scenes)
-    frozen = cells.get("frozen")
-    train_side_by_side([c for c in cells.values() if c != frozen], windows, f"seed {seed}")
-    for cell in cells.values():
-        if cell.finished():
-            cell.use_mean()
-    if frozen:
+    learn_apart = {name: cell for name, cell in cells.items() if name != "frozen"}
+
+    def train_to(end: int, cells: dict[str, Cell]) -> None:
+        train_side_by_side([*cells.values()], windows, end)
+        for name, cell in cells.items():
+            if cell.finished():
+                cell.use_mean()
+                if name in names and not maps_of(config, name, seed).exists():
+                    write_maps(cell.model.branches, splits, maps_of(config, name, seed))
+
+    train_to(config.steps, learn_apart)
+    if "ensemble" in names:
+        both = Ensemble(cells["transformer"].model.transformer, cells["cnn"].model.cnn)
+        write_maps({"transformer": both}, splits, maps_of(config, "ensemble", seed))
+    if frozen := cells.get("frozen"):
         if frozen.step == 0:
             frozen.model.cnn.load_state_dict(cells["cnn"].model.cnn.state_dict())
-        train_side_by_side([frozen], windows, f"seed {seed}, frozen")
-        frozen.use_mean()
-    rows = []
-    for name in (name for name in SETTINGS if name in names):
-        if name == "ensemble":
-            one, other = cells["transformer"].model.transformer, cells["cnn"].model.cnn
-            branches = {"transformer": Ensemble(one, other)}
-        else:
-            branches = cells[name].model.branches
-        device = machine.pick_device(config.device)
-        for branch, model in branches.items():
-            maps = predicted(model.eval(), splits, device)
-            scores = scores_of(maps, splits)
-            rows += [{"setting": name, "seed": seed, "branch": branch} | row for row in scores]
-            if branch == "transformer":
-                split = [*splits][-1]
-                save_crops(maps[split], splits[split], config.out / name / f"{seed}.npy")
-    return rows
+        train_to(config.steps, {"frozen": frozen})
+    for end in sorted({cell.config.steps for cell in learn_apart.values()}):
+        train_to(end, learn_apart)
+    return seed
 
 
-# --- Scores ---------------------------------------------------------------------------------------
+# --- Maps of whole scenes, and their scores -------------------------------------------------------
+
+
+def maps_of(config: Config, name: str, seed: int) -> Path:
+    return config.out / name / f"{seed}.npz"
+
+
+def write_maps(branches: dict[str, nn.Module], splits: dict[str, Dataset], path: Path) -> None:
+    """The class maps of all scenes by each branch; the arrays are called branch/split/number."""
+    maps = {}
+    for branch, model in branches.items():
+        device = next(model.parameters()).device
+        model = model.eval()
+        model = ReplayedShapes(model) if device.type == "cuda" else model
+        for split, dataset in splits.items():
+            for index, scene in enumerate(dataset.scenes):
+                found, _ = predict_classes(model, scene.image, device=device)
+                maps[f"{branch}/{split}/{index}"] = found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoint.atomic_write(path) as file:
+        np.savez_compressed(file, **maps)
 
 
 def load_splits(config: Config) -> tuple[Dataset, dict[str, Dataset]]:
@@ -252,13 +267,18 @@ def load_splits(config: Config) -> tuple[Dataset, dict[str, Dataset]]:
     return train_set, dict(zip(names[1:], scored, strict=True))
 
 
-def predicted(model: nn.Module, splits: dict[str, Dataset], device) -> dict[str, list[np.ndarray]]:
-    """The class maps of whole scenes."""
-    model = ReplayedShapes(model) if device.type == "cuda" else model
-    return {
-        split: [predict_classes(model, scene.image, device=device)[0] for scene in dataset.scenes]
-        for split, dataset in splits.items()
-    }
+def score_cell(config: Config, name: str, seed: int, splits: dict[str, Dataset]) -> list[dict]:
+    """The cell's rows of scores.csv, from its maps."""
+    rows = []
+    with np.load(maps_of(config, name, seed)) as maps:
+        for branch in dict.fromkeys(key.partition("/")[0] for key in maps):
+            found = {
+                split: [maps[f"{branch}/{split}/{i}"] for i in range(len(dataset.scenes))]
+                for split, dataset in splits.items()
+            }
+            cell = {"setting": name, "seed": seed, "branch": branch}
+            rows += [cell | row for row in scores_of(found, splits)]
+    return rows
 
 
 def scores_of(maps: dict[str, list[np.ndarray]], splits: dict[str, Dataset]) -> list[dict]:
@@ -300,29 +320,21 @@ def crop_places(scene: Scene) -> tuple[slice, slice]:
     return slice(top, top + side), slice(left, left + side)
 
 
-def save_crops(maps: list[np.ndarray], dataset: Dataset, path: Path) -> None:
-    """Classes (CROPS, side, side) around boundaries of the first scenes."""
-    crops = [m[crop_places(scene)] for m, scene in zip(maps, dataset.scenes[:CROPS], strict=False)]
-    side = min(map(len, crops))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, np.stack([crop[:side, :side] for crop in crops]))
-
-
-def draw_crops(config: Config, test: Dataset, seed: int):
+def draw_crops(config: Config, split: str, dataset: Dataset, seed: int):
     """Image, truth and every setting's map; None while no cell of that seed is there."""
-    columns = {}
+    columns, places = {}, [(scene, crop_places(scene)) for scene in dataset.scenes[:CROPS]]
     for name, setting in SETTINGS.items():
-        path = config.out / name / f"{seed}.npy"
-        if path.exists():
-            columns[f"({setting.number}) {name}"] = list(np.load(path))
+        if (path := maps_of(config, name, seed)).exists():
+            with np.load(path) as maps:
+                shown = [maps[f"transformer/{split}/{i}"][at] for i, (_, at) in enumerate(places)]
+            columns[f"({setting.number}) {name}"] = shown
     if not columns:
         return None
-    places = [(scene, crop_places(scene)) for scene in test.scenes[:CROPS]]
     truths = {
         "image": [scene.image[place] for scene, place in places],
         "truth": [scene.label[place] for scene, place in places],
     }
-    return pictures.side_by_side(truths | columns, test.classes)
+    return pictures.side_by_side(truths | columns, dataset.classes)
 
 
 # --- Running it -----------------------------------------------------------------------------------
@@ -370,21 +382,26 @@ def report(config: Config, rows: list[dict], options: dict) -> None:
         pictures.forest(found, title).save(config.results / "differences.png")
 
 
-def run_cells(config: Config, rows: list[dict], options: dict) -> list[dict]:
+def run_cells(config: Config, rows: list[dict], options: dict, splits) -> list[dict]:
     """Run what is not among `rows`; returns all rows. The table is written after each seed."""
     done, tasks = {(row["setting"], row["seed"]) for row in rows}, []
+    wanted = [(name, seed) for seed in range(config.seeds) for name in config.settings]
     threads = max(1, torch.get_num_threads() // config.jobs)
-    for seed in range(config.first_seed, config.first_seed + config.seeds):
-        names = [name for name in config.settings if (name, seed) not in done]
-        if names:
+    for seed in range(config.seeds):
+        names = [n for n, s in wanted if s == seed and not maps_of(config, n, s).exists()]
+        if names := [name for name in names if (name, seed) not in done]:
             tasks.append((config, seed, names, options["time_ratio"], threads))
     print(f"{len(done)} cells are there, {sum(len(task[2]) for task in tasks)} to run", flush=True)
     # Leaving the block, for whatever reason, sends SIGTERM to what still runs: it then saves.
     with get_context("spawn").Pool(config.jobs, maxtasksperchild=1) as pool:
-        for finished in pool.imap_unordered(run_seed, tasks):
-            rows = rows + finished
+        for seed in chain([None], pool.imap_unordered(run_seed, tasks)):
+            for cell in wanted:
+                if cell not in done and maps_of(config, *cell).exists():
+                    rows = rows + score_cell(config, *cell, splits)
+                    done.add(cell)
             report(config, rows, options)
-            print(f"seed {finished[0]['seed']} is done", flush=True)
+            if seed is not None:
+                print(f"seed {seed} is done", flush=True)
     return rows
 
 
@@ -396,14 +413,14 @@ def main(arguments: list[str]) -> None:
     # Without a handler SIGTERM would end this process and leave its cells alone.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        rows = run_cells(config, rows, options)
+        rows = run_cells(config, rows, options, splits)
     except StoppedError:
         print("interrupted: the same command goes on from here")
         sys.exit(128 + signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before)
     report(config, rows, options)
-    if sheet := draw_crops(config, [*splits.values()][-1], config.first_seed):
+    if sheet := draw_crops(config, *[*splits.items()][-1], seed=0):
         sheet.save(config.out / "crops.png")
     print((config.results / "table.md").read_text())
 

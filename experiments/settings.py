@@ -77,8 +77,9 @@ class OneBranch(nn.Module):
         mean_cross_entropy = fused_cross_entropy if labels.is_cuda else plain_cross_entropy
         ce = mean_cross_entropy(output.logits, labels, c.ignore_index)
         zero = decorrelation = ce.new_zeros(())
+        projections = self.shared_space(output)
         with torch.autocast(labels.device.type, enabled=False):
-            for h in self.shared_space(output):
+            for h in projections:
                 penalty = covariance_penalty(h, labelled_positions(valid[:, None].float(), h))
                 decorrelation = decorrelation + penalty / 8  # as much of the loss as in CTCLM
         total = ce + c.decorrelation_weight * decorrelation

@@ -135,6 +135,16 @@ def test_fused_cross_entropy_is_the_plain_one():
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("name", [name for name, setting in SETTINGS.items() if setting.build])
+def test_each_setting_learns_in_half_precision(name):
+    """As on a GPU: features are bf16, weights are not."""
+    model, (images, labels) = build(name), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.objective(model(images), labels)
+    loss.total.backward()
+    assert loss.total.isfinite() and loss.total.dtype == torch.float32
+
+
 def test_all_ignored_is_zero():
     model, (images, labels) = build("penalised"), batch()
     loss = model.objective(model(images), torch.full_like(labels, 255))
