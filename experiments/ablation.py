@@ -2,7 +2,7 @@
 
     python -m experiments.ablation                                  # toy scenes
     python -m experiments.ablation --settings full transformer --seeds 2
-    python -m experiments.ablation --data folder --root DIR --results experiments/results/mine
+    python -m experiments.ablation --data folder --root DIR --results experiments/results/dir
 
 A cell is one setting (experiments/settings.py) with one seed. All settings of a seed are trained
 side by side: a step of each on the same windows, then the next. They start with the same
@@ -57,7 +57,7 @@ class Config:
     crop: int = cli.option(128, "side of a window in pixels")
     lr: float = cli.option(3e-3, "highest learning rate")
     jobs: int = cli.option(1, "seeds at a time")
-    results: Path = cli.option(Path("experiments/results/toy"), "folder of the table")
+    results: Path = cli.option(Path("experiments/results/mine"), "folder of the table")
     out: Path = cli.option(Path("runs/ablation"), "folder of the cells' weights")
     device: Literal["auto", "cpu", "cuda"] = cli.option("auto", "where to train")
 

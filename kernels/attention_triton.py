@@ -53,7 +53,7 @@ def forward_blocks(M: int, D: int, dtype: torch.dtype, shared_memory: int) -> Bl
     if D == 64 and shared_memory < LARGE_SHARED_MEMORY:
         return Blocks(64, 64, 4, 2)
     if M <= 256 and D <= 64:
-        return Blocks(64, max(16, triton.next_power_of_2(M)), 4, 2)
+        return Blocks(64, max(16, triton.next_power_of_2(M)), 4, 3)
     return Blocks(64, 128 if D <= 64 else 64, 4, 1)
 
 
@@ -70,7 +70,7 @@ def key_gradient_blocks(M: int, D: int, dtype: torch.dtype, shared_memory: int) 
     three or four fit into a processor."""
     if dtype == torch.float32:
         return Blocks(32, 32, 4, 2) if D <= 32 else Blocks(16, 32, 8, 1)
-    return Blocks(64, 64, 8 if D == 128 else 4, 2)
+    return Blocks(64, 64, 8 if D == 128 else 4, 2 if D == 128 else 3)
 
 
 @jit

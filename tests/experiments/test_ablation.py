@@ -159,6 +159,37 @@ def test_the_mean_is_over_the_last_tenth_of_the_steps(cell):
     assert any("running_var" in name for name in names) and len(names) == len(one.weights())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+@pytest.mark.parametrize("variant, crop", [("tiny", 128), ("b0", 256)])
+def test_cells_beside_each_other_have_the_bits_of_one_alone(small, variant, crop):
+    """On a GPU they run at the same time, on a stream and in a graph each. The same setting three
+    times is the same three times; maps too."""
+    names, ends = ["transformer", "full", "penalised", "twin"], {}
+    for out, together in (
+        ("a", names),
+        ("b", ["perturbed", *names, "equal-time"]),
+        ("c", names[:1]),
+    ):
+        config = small(out=small().out / out, device="cuda", steps=60, variant=variant, crop=crop)
+        train_set, splits = ablation.load_splits(config)
+        cells = []
+        for name in together:
+            options = ablation.options_of(config, name, 0, 1.0)
+            options.lr = config.lr  # also of the perturbed one
+            cells.append(ablation.Cell(name, options, train_set))
+        windows = ablation.train.make_windows(cells[0].config, train_set.scenes)
+        ablation.train_side_by_side(cells, windows, config.steps)
+        for cell in cells:
+            assert cell.one_update.graph is not None
+            cell.use_mean()
+            kind = cell.name if cell.name in names else "transformer"
+            found = [x.cpu() for x in cell.weights()]
+            wanted = ends.setdefault(kind, found)
+            differ = sum(not torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+            assert not differ, f"{cell.name} of {out}: {differ} of {len(found)} tensors differ"
+
+
 # --- Cells --------------------------------------------------------------------------------------
 
 
