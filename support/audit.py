@@ -28,10 +28,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from support.images import open_rows
 from support.labels import BLURRED, MAX_UNKNOWN, ROWS, UNKNOWN, LabelReader, far_from_corners
 from support.layouts import BANDS, IGNORE, SplitFiles, Tile, find_split
 from support.progress import Progress
-from support.raster import DataError, header, open_rows
+from support.raster import DataError, header
 
 # Class shares of Potsdam's 38 tiles, in the order of its classes.
 PUBLISHED = np.array([0.296, 0.257, 0.226, 0.155, 0.018, 0.048])
@@ -114,7 +115,7 @@ def examine_tile(split: str, tile: Tile, files: SplitFiles, max_unknown: float) 
     if label is not None:
         if not pixels[:K].any():
             faults.append(f"{tile.label}: every pixel is ignored, there is nothing to learn from")
-        if files.encoding.coloured and (fault := swapped_label(tile.label, pixels[:K])):
+        if files.encoding.corners and (fault := swapped_label(tile.label, pixels[:K])):
             faults.append(fault)
         if compare_sizes(tile.image, tile.label, faults) and image is not None:
             for k in range(K):

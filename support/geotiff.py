@@ -25,6 +25,7 @@ from support.raster import (
     BANDS,
     BITS,
     COMPRESSION,
+    GDAL_NO_DATA,
     HEIGHT,
     PALETTE,
     PHOTOMETRIC,
@@ -36,9 +37,8 @@ from support.raster import (
     Tags,
     header,
     read_tags,
-    tiff_directory,
-    tiff_file_header,
 )
+from support.tiff import tiff_directory, tiff_file_header
 
 # --- Georeference -------------------------------------------------------------------------------
 
@@ -81,15 +81,23 @@ def save_side_files(place: Georeference, path: Path) -> None:
 
 
 @contextmanager
-def create(path: Path, shape, colours=None, place: Georeference | None = None):
-    """In a `with` block, a Writer of a new .tif or .png of 8 bits, shape (H, W); a .png (H, W, 3).
+def create(
+    path: Path,
+    shape,
+    colours=None,
+    place: Georeference | None = None,
+    no_data: int | None = None,
+):
+    """In a `with` block, a Writer of a new .tif or .png of 8 bits, shape (H, W); a .png also
+    (H, W, 3) or (H, W, 4).
 
     With `colours` it is a palette image, without them a grey one. It gets the georeference `place`.
+    `no_data` is declared as the value of pixels without data.
     """
     kind = {".tif": TiffWriter, ".png": PngWriter}[Path(path).suffix]
     place = place or Georeference({}, {})
     with atomic_write(path) as file:
-        writer = kind(file, path, shape, colours, place.tags)
+        writer = kind(file, path, shape, colours, place.tags, no_data)
         try:
             yield writer
             if writer.rows != shape[0]:
@@ -112,8 +120,9 @@ class Writer:
     thread; `write` (these two); `end`.
     """
 
-    def __init__(self, file, path: Path, shape, colours, tags: Tags):
+    def __init__(self, file, path: Path, shape, colours, tags: Tags, no_data: int | None):
         self.file, self.path, self.shape, self.colours, self.tags = file, path, shape, colours, tags
+        self.no_data = no_data
         self.height, self.width = shape[:2]
         self.line = math.prod(shape[1:])  # bytes of a row
         self.rows_per_block = max(1, BLOCK_SIZE // self.line)
@@ -124,7 +133,7 @@ class Writer:
         self.start()
 
     def append(self, rows: np.ndarray) -> None:
-        """The next rows, (any number, W) or (any number, W, 3) uint8."""
+        """The next rows, (any number, W) or (any number, W, 3 or 4) uint8."""
         if rows.dtype != np.uint8 or rows.shape[1:] != tuple(self.shape[1:]):
             expected = " x ".join(map(str, self.shape[1:]))
             raise ValueError(f"rows of {expected} bytes are expected, not {rows.shape}")
@@ -176,6 +185,8 @@ class TiffWriter(Writer):
             STRIP_OFFSETS: (4, tuple(self.offsets)),
             STRIP_BYTES: (4, tuple(self.sizes)),
         }
+        if self.no_data is not None:
+            tags[GDAL_NO_DATA] = (2, b"%d\0" % self.no_data)
         if self.colours:
             palette = np.zeros((256, 3), np.uint16)
             palette[: len(self.colours)] = self.colours
@@ -196,22 +207,29 @@ class PngWriter(Writer):
     """
 
     def start(self) -> None:
-        self.coloured = len(self.shape) == 3
+        self.bands = self.shape[2] if len(self.shape) == 3 else 0  # 0: indices or grey
         self.checksum = zlib.adler32(b"")
         self.file.write(b"\x89PNG\r\n\x1a\n")
-        kind = 2 if self.coloured else 3 if self.colours else 0
+        kind = {3: 2, 4: 6}.get(self.bands, 3 if self.colours else 0)
         sizes = struct.pack(">IIBBBBB", self.width, self.height, 8, kind, 0, 0, 0)
         self.write_chunk(b"IHDR", sizes)
         if self.colours:
-            self.write_chunk(b"PLTE", np.array(self.colours, np.uint8).tobytes())
+            palette = np.array(self.colours, np.uint8)
+            if self.no_data is not None:  # an entry for it, transparent below
+                palette = np.pad(palette, ((0, self.no_data + 1 - len(palette)), (0, 0)))
+            self.write_chunk(b"PLTE", palette.tobytes())
+        if self.no_data is not None:
+            opaque = b"\xff" * self.no_data  # a byte for each entry of the palette
+            value = opaque + b"\0" if self.colours else struct.pack(">H", self.no_data)
+            self.write_chunk(b"tRNS", value)
         self.write_chunk(b"IDAT", b"\x78\x01")  # a deflate stream begins
 
     def compress(self, rows: np.ndarray) -> tuple[bytes, np.ndarray]:
         lines = np.pad(rows, ((0, 0), (1, 0)))
-        if self.coloured:
+        if self.bands:
             lines[:, 0] = 1
-            lines[:, 4:] -= rows[:, :-3]
-        deflate = zlib.compressobj(1 if self.coloured else 6, wbits=-15)
+            lines[:, self.bands + 1 :] -= rows[:, : -self.bands]
+        deflate = zlib.compressobj(1 if self.bands else 6, wbits=-15)
         return deflate.compress(lines) + deflate.flush(zlib.Z_SYNC_FLUSH), lines
 
     def write(self, data: bytes, lines: np.ndarray) -> None:

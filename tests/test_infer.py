@@ -28,13 +28,15 @@ from infer import (
     probabilities,
     save_transformer,
 )
-from support import geotiff, toy
+from support import geotiff, pictures, toy
 from support.checkpoint import CheckpointError
+from support.images import open_rows
 from support.labels import decode_colours
 from support.layouts import IGNORE, LOVEDA, POTSDAM, Classes
+from support.masks import read_indices
 from support.metrics import erode
 from support.protocols import check_submission
-from support.raster import DataError, Rows, open_rows, read_indices, read_tags
+from support.raster import DataError, Rows, read_tags
 from support.replay import ReplayedShapes
 from support.scenes import BatchSize, axis_windows
 
@@ -122,7 +124,7 @@ def test_a_map_lies_where_its_image_lies(tmp_path, printed, best, write_tiff):
         assert {tag: tags[tag] for tag in place | keys} == {
             tag: (number, tuple(values)) for tag, (number, values) in (place | keys).items()
         }
-        assert 42113 not in tags
+        assert tags[42113] == (2, b"255\0" if kind == "classes" else b"0\0")
         for name, side in ((f"a_{kind}.tfw", "a.tfw"), (f"b_{kind}.pgw", "b.pgw")):
             assert (out / name).read_bytes() == (tmp_path / side).read_bytes()
 
@@ -178,7 +180,7 @@ def test_memory_is_that_of_a_row_of_windows_however_high_the_scene(
     tmp_path, write_tiff, monkeypatch
 ):
     """All that Python and numpy allocate from reading to writing, for a scene ten times as high."""
-    monkeypatch.setattr(infer.pictures, "LARGEST_OVERLAY", 64)
+    monkeypatch.setattr(pictures, "LARGEST_OVERLAY", 64)
     monkeypatch.setattr(geotiff, "BLOCK_SIZE", 2**12)
     one_at_a_time = threading.Lock()  # a block that is compressed takes 0.27 MB, whatever its size
 
@@ -438,7 +440,6 @@ def bad_call(how, tmp_path, best, write_tiff):
         "16 bits": (best, tiff),
         "five bands": (best, tiff),
         "infrared": (best, tiff),
-        "transparency": (best, tiff),
         "two pages": (best, tiff),
         "one bad image of two": (best, good, grey),
         "a file as folder": (best, good, "--out", text),
@@ -483,10 +484,9 @@ FAULTS = {
     "no root": "--data potsdam needs --root",
     "a truncated TIFF": "x.tif: is truncated (7 bytes are missing)",
     "a truncated PNG": "cut.png: is damaged",
-    "16 bits": "x.tif: has 16 bits per band; convert it to 8 bits first",
+    "16 bits": "x.tif: has 16 bits per band; convert it to 8 bits: gdal_translate",
     "five bands": "x.tif: has 5 bands; an image has 3, or 4 with infrared",
     "infrared": "x.tif: has 4 bands, but ",
-    "transparency": "x.tif: is RGBA, not RGB; remove the transparency first",
     "two pages": "x.tif: holds more than one image",
     "one bad image of two": "grey.png: is L, not RGB",
     "a file as folder": "text.png: must be a folder, but there is a file",

@@ -8,9 +8,10 @@ from PIL import Image
 
 import data
 from support import audit, cli, toy
+from support.images import open_rows
 from support.labels import decode_colours, encode_colours
 from support.layouts import POTSDAM, POTSDAM_TILES
-from support.raster import DataError, open_rows, read_tags
+from support.raster import DataError, read_tags
 
 RGB, LABEL = "RGB/top_potsdam_2_10_RGB.tif", "5_Labels_all/top_potsdam_2_10_label.tif"
 
@@ -131,7 +132,7 @@ DEFECTS = {
     "tiled roofs": "",
     "16 bits": "2_10_RGB.tif: has 16 bits per band",
     "a fourth band": "2_10_RGB.tif: has 4 bands, but rgb has 3",
-    "transparency": "2_10_RGB.tif: ",
+    "transparency": "",  # it is read as its three colours
     "overlay": "2_10_label.tif: 9[0-9]% of it is far .* an overlay",
     "photograph": "2_10_label.tif: .* looks like a photograph",
     "label as image": "2_10_RGB.tif: has the colours of a label",
@@ -241,7 +242,7 @@ def test_loveda(run, loveda):
 
 LOVEDA_DEFECTS = {
     "a value beyond": "1.png: has the value 8 at 4096 pixels, but the 7 classes are 1..7",
-    "colours": "1.png: is RGB; a mask has one band",
+    "colours": "1.png: 4096 pixels (100.00%) have a colour of no class",
     "all no-data": "1.png: every pixel is ignored",
     "no mask": "1.png: has no mask",
     "a mask alone": "1 masks have no image here (2.png)",

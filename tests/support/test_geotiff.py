@@ -12,8 +12,10 @@ from PIL import Image
 
 from support import geotiff
 from support.geotiff import create, georeference
+from support.images import read_image
 from support.layouts import POTSDAM
-from support.raster import DataError, header, read_image, read_indices, read_tags
+from support.masks import read_indices
+from support.raster import DataError, header, read_tags
 
 
 def noise(*shape):

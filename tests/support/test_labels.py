@@ -22,7 +22,7 @@ from support.labels import (
 from support.layouts import IGNORE, POTSDAM, Classes, LabelEncoding
 from support.raster import DataError
 
-COLOURED = LabelEncoding(coloured=True)
+COLOURED = LabelEncoding(corners=True)
 
 
 def read(path, classes=POTSDAM, encoding=COLOURED, max_unknown=MAX_UNKNOWN):
@@ -115,12 +115,12 @@ def test_the_share_is_rounded_up():
 def test_indices(tmp_path):
     classes = Classes(("a", "b", "c"), ((1, 1, 1),) * 3)
     path = saved(tmp_path / "a.png", np.array([[0, 1, 2, 3]], np.uint8))
-    label, _ = read(path, classes, LabelEncoding(coloured=False, first_index=1, ignore_index=0))
+    label, _ = read(path, classes, LabelEncoding(values=(1, 2, 3), ignore=0))
     assert label.tolist() == [[IGNORE, 0, 1, 2]]
     with pytest.raises(
         DataError, match="a.png: has the value 3 at 1 pixels, but the 3 classes are 0..2 and 255"
     ):
-        read(path, classes, LabelEncoding(coloured=False))
+        read(path, classes, LabelEncoding(values=(0, 1, 2)))
 
 
 def test_cells_count_every_pixel_once():

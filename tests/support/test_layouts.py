@@ -228,7 +228,7 @@ def test_loveda_is_found_in_every_layout(tmp_path, inside, monkeypatch):
         assert [tile.name for tile in found.tiles] == names
         assert [tile.domain for tile in found.tiles] == ["rural"] * 3 + ["urban"]
         assert not found.faults and found.gaps == ["4 of the 2522 train images are there"]
-        assert (found.encoding.first_index, found.encoding.ignore_index) == (1, 0)
+        assert (found.encoding.values, found.encoding.ignore) == (tuple(range(1, 8)), 0)
 
 
 def test_loveda_pairs(tmp_path):
@@ -248,7 +248,7 @@ def test_folder_pairs(tmp_path):
     touch(tmp_path / "train", "images/x.tfw", "masks/Thumbs.db")
     touch(tmp_path / "train", *names)
     found = find_split("folder", tmp_path, "train")
-    assert [tile.name for tile in found.tiles] == ["x", "y"] and found.encoding.ignore_index == 9
+    assert [tile.name for tile in found.tiles] == ["x", "y"] and found.encoding.ignore == 9
     assert found.tiles[1].label == tmp_path / "train/masks/y.png"
     assert len(found.faults) == 1 and "x.tif: has no mask" in found.faults[0]
     assert len(found.gaps) == 1 and "1 masks have no image here (z)" in found.gaps[0]
