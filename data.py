@@ -28,6 +28,7 @@ then one of its pixels, then the place of that pixel in the window. While labels
 classes are counted in small squares, so that finding a pixel takes no pass over all labels.
 
     python data.py audit potsdam --root /data/potsdam   # is it fit to train on?
+    python data.py classes DIR                          # a first classes.json from masks
     python data.py toy --root DIR                       # toy scenes as files, in Potsdam's layout
 
 Letters: B batch, C channels, H W pixels, K classes.
@@ -42,7 +43,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from support import audit, cli, toy
+from support import audit, classes, cli, toy
 from support.cache import Cache, NoCache
 from support.decode import Decoder, Pixels
 from support.labels import CELL, MAX_UNKNOWN, absent_classes, count_cells
@@ -343,8 +344,10 @@ def prefetch(windows: Windows, steps: range, threads: int = 1):
 
 @dataclass
 class Config:
-    command: Literal["audit", "toy"] = cli.option(None, "what to do", positional=True)
-    data: tuple[str, ...] = cli.option((), "audit: the data set", positional=True)
+    command: Literal["audit", "classes", "toy"] = cli.option(None, "what to do", positional=True)
+    data: tuple[str, ...] = cli.option(
+        (), "audit: the data set; classes: the folder of masks", positional=True
+    )
     root: Path = cli.option(None, "the folder to read, or for toy to write to")
     split: Literal["all", *SPLITS] = cli.option("all", "audit this split only")
     tiles: tuple[str, ...] = cli.option((), "audit these tiles only, by name")
@@ -357,7 +360,10 @@ class Config:
             raise cli.UsageError(f"say what to audit: python data.py audit {' | '.join(audited)}")
         if self.command == "toy" and self.data:
             raise cli.UsageError("python data.py toy takes nothing but --root")
-        if self.root is None:
+        if self.command == "classes":
+            one = len(self.data) == 1 and self.root is None
+            cli.require(one, "say where the masks are: python data.py classes DIR")
+        elif self.root is None:
             raise cli.UsageError(f"python data.py {self.command} needs --root, a folder")
         if not 0 <= self.max_unknown <= 1:
             raise cli.UsageError(f"--max-unknown is a share, 0 to 1; got {self.max_unknown}")
@@ -373,6 +379,9 @@ def main(arguments: list[str]) -> int | None:
         bands = None if config.bands == "auto" else config.bands
         options = {"tiles": config.tiles, "bands": bands, "max_unknown": config.max_unknown}
         return audit.report(audit.examine(config.data[0], config.root, splits, **options))
+    if config.command == "classes":
+        print("\n".join(classes.propose(Path(config.data[0]))))
+        return None
     toy.write_files(config.root)
     print(f"python train.py --data potsdam --root {config.root}")
 

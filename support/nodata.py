@@ -55,7 +55,7 @@ class NoData:
         self.values = no_data_values(path, found, len(self.colours), stored.dtype)
         self.masks = masks(path, found)
         self.gaps = stored if isinstance(stored, TiffRows) and 0 in stored.sizes else None
-        self.seen, self.partial = 0, 0  # pixels looked at, those of an alpha in between
+        self.seen, self.missing, self.partial = 0, 0, 0  # pixels; partial: of an alpha in between
         declared = self.alpha is not None, self.values is not None, self.masks, self.gaps
         self.declared = any(declared)
 
@@ -66,7 +66,6 @@ class NoData:
         if self.alpha is not None:
             alpha = pixels[..., self.alpha]
             valid &= alpha != 0
-            self.seen += alpha.size
             self.partial += np.count_nonzero(valid & (alpha != np.iinfo(alpha.dtype).max))
         if self.values is not None:
             colours = pixels[..., self.colours] if self.alpha is not None else pixels
@@ -78,7 +77,13 @@ class NoData:
             valid &= mask.read(top, bottom).any(axis=-1)
         if self.gaps:
             valid &= self.gaps.written(top, bottom)
+        self.seen += valid.size
+        self.missing += valid.size - np.count_nonzero(valid)
         return valid
+
+    def share(self) -> float:
+        """Of the pixels without data among those that were looked at so far."""
+        return self.missing / max(1, self.seen)
 
     def doubt(self) -> str:
         """ "; its alpha may be infrared ..." after rows were looked at; "" where it looks sound."""
