@@ -41,6 +41,7 @@ from support.images import open_rows
 from support.layouts import Classes
 from support.machine import keep_freed_memory, pick_device
 from support.maps import MapFiles
+from support.nodata import NO_ALPHA
 from support.progress import Progress
 from support.protocols import (
     GEOSEG_PATCH,
@@ -315,7 +316,8 @@ def write_maps(model, config: Config, options: dict) -> None:
     (name, times), *_ = Counter(path.stem for path in config.images).most_common(1)
     cli.require(times == 1, f"two images are called {name}: map them to different folders")
     for path in config.images:  # all of them, before the first hour of work
-        check_bands(model, config, open_rows(path).shape[2], path)
+        rows = open_rows(path)
+        check_bands(model, config, rows.shape[2], path, rows.no_data.alpha is not None)
     if model.about.bands != "rgb":
         taken = "the images' bands are taken for these"
         print(f"{config.checkpoint} was trained on {model.about.bands}: {taken}")
@@ -340,13 +342,15 @@ def write_map(model, path: Path, out: Path, confidence: bool, options: dict) -> 
     print(files.summary())
 
 
-def check_bands(model, config: Config, bands: int, what) -> None:
+def check_bands(model, config: Config, bands: int, what, transparency: bool = False) -> None:
     """DataError when `what` has other bands than the images that the model was trained on."""
     wanted = model.normalise.in_channels
     if bands != wanted:
+        and_more = " and transparency" if transparency else ""
+        hint = f"; if that is infrared: {NO_ALPHA}" if transparency and wanted > bands else ""
         raise DataError(
-            f"{what}: has {bands} bands, but {config.checkpoint} was trained on {wanted} "
-            f"({model.about.bands})"
+            f"{what}: has {bands} bands{and_more}, but {config.checkpoint} was trained on {wanted} "
+            f"({model.about.bands}){hint}"
         )
 
 

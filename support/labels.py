@@ -114,9 +114,11 @@ class LabelReader:
         rows = self.rows[top:bottom]
         label = self.decode(rows)
         valid = self.image.valid(top, bottom) if self.image else None
+        far = far_from_corners(rows, BLURRED) if self.encoding.corners else np.zeros(1, bool)
         if valid is not None:
-            label[~valid] = IGNORE
+            label[~valid], far = IGNORE, far & valid
             self.no_data += valid.size - np.count_nonzero(valid)
+        self.blurred += np.count_nonzero(far)
         unknown = label == UNKNOWN
         if found := np.count_nonzero(unknown):
             self.unknown += found
@@ -127,7 +129,6 @@ class LabelReader:
         return label
 
     def decode_corners(self, rgb: np.ndarray) -> np.ndarray:
-        self.blurred += np.count_nonzero(far_from_corners(rgb, BLURRED))
         return decode_colours(rgb, self.classes.colours)
 
     def decode_exact(self, rgb: np.ndarray) -> np.ndarray:

@@ -42,6 +42,7 @@ from support.raster import (
 )
 from support.tiff import TiffRows
 
+NO_ALPHA = "gdal_translate -co ALPHA=NO IN.tif OUT.tif"
 LIKE_INFRARED = 0.5  # an alpha with more of its pixels neither 0 nor 255 is none
 
 
@@ -91,7 +92,7 @@ class NoData:
             return ""
         return (
             "; its last band is declared as transparency, but varies like an image: if it is "
-            "infrared, gdal_translate -co ALPHA=NO IN.tif OUT.tif"
+            f"infrared, {NO_ALPHA}"
         )
 
     def stamp(self) -> str:

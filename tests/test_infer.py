@@ -129,6 +129,28 @@ def test_a_map_lies_where_its_image_lies(tmp_path, printed, best, write_tiff):
             assert (out / name).read_bytes() == (tmp_path / side).read_bytes()
 
 
+def test_where_there_is_no_data_the_map_has_none_and_else_it_is_the_same(
+    tmp_path, printed, best, write_tiff
+):
+    """Bit for bit, and the shares are those of the pixels with data."""
+    image, alpha = random_image(150, 100), np.full((150, 100, 1), 255, np.uint8)
+    alpha[:80] = alpha[:, 70:] = 0
+    write_tiff(tmp_path / "a.tif", np.dstack([image, alpha]), rows=7, tags={338: (3, [2])})
+    Image.fromarray(image).save(tmp_path / "b.png")
+    out, arguments = tmp_path / "maps", ("--confidence", *SMALL)
+    text = printed(best, tmp_path / "a.tif", tmp_path / "b.png", "--out", out, *arguments)
+    valid = alpha[..., 0] > 0
+    for kind, none in (("classes", IGNORE), ("confidence", 0)):
+        with_holes = read_indices(out / f"a_{kind}.tif")
+        assert (with_holes[~valid] == none).all()
+        assert np.array_equal(with_holes[valid], read_indices(out / f"b_{kind}.png")[valid])
+    shares = np.bincount(read_indices(out / "a_classes.tif")[valid], minlength=6) / valid.sum()
+    first, second, _ = text.splitlines()
+    expected = zip(POTSDAM.names, shares, strict=True)
+    assert first.endswith(", ".join(f"{name} {share:.1%}" for name, share in expected))
+    assert second == "  no data at 67.3% of the pixels: 255 in the map"
+
+
 def test_a_map_of_four_bands(tmp_path, printed, write_tiff):
     best = save_model(tmp_path / "best.pt", POTSDAM, in_channels=4, bands="rgbir")
     image = random_image(64, 64, 4)
