@@ -128,9 +128,11 @@ def examine_tile(split: str, tile: Tile, files: SplitFiles, max_unknown: float) 
     if tile.eroded not in (None, tile.label) and split != "train":
         same_size = compare_sizes(tile.image, tile.eroded, faults)
         examine_label(tile.eroded, files, max_unknown, faults, rows if same_size else None)
-    empty = label is not None and not pixels[:K].any()
-    if empty and one_colour:  # a tile beyond the edge of a mosaic
-        notes.append(f"{tile.image}: is empty, and so is its label; nothing is learnt from it")
+    present = np.count_nonzero(pixels[:K])
+    empty = label is not None and not present
+    if one_colour and label is not None and present < 2:
+        # A tile beyond the edge of a mosaic, or of water that was painted over.
+        notes.append(f"{tile.image}: {one_colour}, and its label has no more than one class")
     elif one_colour:
         faults.append(f"{tile.image}: {one_colour}")
     elif empty:

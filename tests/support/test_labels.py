@@ -159,6 +159,14 @@ def test_exact_colours(tmp_path):
     assert read(path, THREE, exact(), max_unknown=0.25)[0].tolist() == [[0, 1, 2, UNKNOWN]]
 
 
+def test_an_unknown_colour_of_ones_own_is_an_error(tmp_path):
+    """A single pixel: the default of --max-unknown is for lossy labels of ISPRS."""
+    pixels = np.zeros((200, 200, 3), np.uint8)
+    pixels[7, 7] = 0, 0, 1
+    with pytest.raises(DataError, match=r"1 pixels \(0.00%\) .*\[\[0, 0, 1\]\]"):
+        read(saved(tmp_path / "a.png", pixels), THREE, exact())
+
+
 def test_unknown_colours_are_lines_to_paste(tmp_path):
     pixels = np.zeros((10, 10, 3), np.uint8)
     pixels[:3], pixels[3] = (1, 2, 3), (7, 8, 9)

@@ -194,6 +194,14 @@ def test_an_image_that_says_nothing(tmp_path, write_tiff):
         assert open_rows(path).valid(0, 32) is None
 
 
+def test_an_overview_is_no_mask(tmp_path, write_tiff):
+    """Nor is the mask of an overview."""
+    path = write_tiff(tmp_path / "x.tif", picture())
+    for kind in (1, 5):
+        append_directory(path, mask_tags(8, kind=kind) | {256: (4, (9,))}, bytes(32 * 9))
+        assert not open_rows(path).no_data.declared
+
+
 def test_a_mask_of_another_size_is_refused(tmp_path, write_tiff):
     path = write_tiff(tmp_path / "x.tif", picture(0))
     write_tiff(tmp_path / "x.tif.msk", np.zeros((9, 9, 1), np.uint8))
