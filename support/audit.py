@@ -44,6 +44,7 @@ from support.labels import (
     far_from_corners,
 )
 from support.layouts import BANDS, IGNORE, SplitFiles, Tile, find_split
+from support.place import misplaced
 from support.progress import Progress
 from support.raster import DataError, header
 
@@ -124,6 +125,8 @@ def examine_tile(split: str, tile: Tile, files: SplitFiles, max_unknown: float) 
     rows, image, one_colour = examine_image(tile.image, files.bands, faults)
     same_size = tile.label and compare_sizes(tile.image, tile.label, faults)
     of_image = rows if same_size else None
+    if same_size and (sentence := misplaced(tile.label, tile.image)):
+        faults.append(sentence)
     label, pixels = examine_label(tile.label, files, max_unknown, faults, of_image)
     if tile.eroded not in (None, tile.label) and split != "train":
         same_size = compare_sizes(tile.image, tile.eroded, faults)

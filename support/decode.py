@@ -18,6 +18,7 @@ from support.cache import Cache, MappedArray, NoCache
 from support.images import ImageRows, open_rows
 from support.labels import ROWS, UNKNOWN, LabelReader, count_cells
 from support.layouts import IGNORE, Classes, LabelEncoding
+from support.place import misplaced
 from support.raster import DataError
 
 Pixels = np.ndarray | MappedArray
@@ -59,6 +60,8 @@ class Decoder:
         if pixels is None or cells is None:
             reader = LabelReader(path, self.classes, self.encoding, image)
             check_size(reader.shape, image.shape, path, image_path)  # before the work
+            if sentence := misplaced(path, image_path):
+                raise DataError(sentence)
             pixels, cells = self.decode_label(reader, name)
         check_size(pixels.shape, image.shape, path, image_path)
         K, notes = len(self.classes.names), ()

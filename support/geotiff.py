@@ -3,8 +3,7 @@
     with create("map.tif", (H, W), colours, georeference("scene.tif")) as file:
         file.append(rows)                       # (any number, W) uint8, from top to bottom
 
-Only a few blocks of rows are in memory at a time. A map has the same pixel grid as its image, so
-the image's GeoTIFF tags and world files are copied without change.
+Only a few blocks of rows are in memory at a time.
 """
 
 import math
@@ -14,13 +13,12 @@ import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from glob import escape
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from support.checkpoint import atomic_write
+from support.place import Georeference, save_side_files
 from support.raster import (
     BANDS,
     BITS,
@@ -35,49 +33,8 @@ from support.raster import (
     WIDTH,
     DataError,
     Tags,
-    header,
-    read_tags,
 )
 from support.tiff import tiff_directory, tiff_file_header
-
-# --- Georeference -------------------------------------------------------------------------------
-
-# Pixel scale, tie points, transformation, keys, and the keys' numbers and texts. Tag 42113, the
-# image's no-data value, is left out: in a class map this value would be a class.
-GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
-WORLD_FILES = {  # the endings in use for each format
-    "TIFF": (".tfw", ".tifw", ".tiffw", ".wld", ".prj"),
-    "PNG": (".pgw", ".pngw", ".wld", ".prj"),
-    "JPEG": (".jgw", ".jpgw", ".jpegw", ".wld", ".prj"),
-}
-
-
-class Georeference(NamedTuple):
-    """Where an image lies on the ground: its GeoTIFF tags, and side files by their ending."""
-
-    tags: Tags
-    files: dict[str, bytes]
-
-
-def georeference(path: Path) -> Georeference:
-    """The georeference of `path` and of the side files with its name; empty when there is none."""
-    path, form, files = Path(path), header(path).format, {}
-    for side in sorted(path.parent.glob(f"{escape(path.stem)}.*")):
-        if side.stem == path.stem and side.suffix.lower() in WORLD_FILES[form]:
-            files[side.suffix.lower()] = side.read_bytes()
-    tags = read_tags(path) if form == "TIFF" else {}
-    return Georeference({tag: tags[tag] for tag in GEO_TAGS if tag in tags}, files)
-
-
-def save_side_files(place: Georeference, path: Path) -> None:
-    """Write the side files under the name of `path`, with the ending that its format uses."""
-    world = {".tif": ".tfw", ".png": ".pgw"}[Path(path).suffix]
-    for ending, content in place.files.items():
-        ending = ending if ending in (".wld", ".prj") else world
-        Path(path).with_suffix(ending).write_bytes(content)
-
-
-# --- Writing ------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from support.geotiff import create, georeference
+from support.geotiff import create
 from support.images import ImageRows
 from support.layouts import IGNORE, Classes
 from support.pictures import Overlay
+from support.place import georeference
 from support.raster import header
 
 
@@ -30,7 +31,7 @@ class MapFiles:
         self, out: Path, image: Path, rows: ImageRows, classes: Classes, confidence: bool = False
     ):
         self.out, self.image, self.rows, self.classes = out, image, rows, classes
-        self.declared = rows.no_data.declared
+        self.declared, self.place = rows.no_data.declared, georeference(image)
         self.suffix = ".tif" if header(image).format == "TIFF" else ".png"
         self.overlay = Overlay(rows.shape[:2], classes)
         self.counts = np.zeros(256, np.int64)  # pixels of each class, and of IGNORE
@@ -40,7 +41,7 @@ class MapFiles:
         return self.out / f"{self.image.stem}_{kind}{suffix}"
 
     def __enter__(self) -> "MapFiles":
-        (H, W, _), place = self.rows.shape, georeference(self.image)
+        (H, W, _), place = self.rows.shape, self.place
         self.confidence_file = None
         with ExitStack() as stack:
             path, none = self.path("classes", self.suffix), IGNORE if self.declared else None
@@ -82,4 +83,6 @@ class MapFiles:
             share = self.counts[IGNORE] / (H * W)
             text += f"\n  no data at {share:.1%} of the pixels: {IGNORE} in the map"
             text += self.rows.no_data.doubt()
+        if self.place.lost:
+            text += f"\n  its place is not carried to the map from: {', '.join(self.place.lost)}"
         return text
