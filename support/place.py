@@ -143,7 +143,7 @@ def misplaced(mask: Path, image: Path) -> str:
         return ""
     return (
         f"{mask}: lies elsewhere than its image {image}: by their georeferences their corners are "
-        f"{distance:,.1f} pixels apart; cut it out anew, or, if its pixels do fit the image, remove "
+        f"{distance:,.1f} pixels apart; cut it out anew, or, if its pixels fit the image, remove "
         f"its georeference: gdal_edit.py -unsetgt {mask.name}"
     )
 

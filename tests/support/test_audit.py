@@ -379,6 +379,22 @@ def test_no_data_is_a_note_with_its_share(run, tmp_path, write_folder, write_tif
     assert "if it is infrared, gdal_translate -co ALPHA=NO" in run("folder", "--root", root)[1]
 
 
+def test_a_mask_that_lies_elsewhere_is_a_fault_of_the_audit_and_of_training(
+    run, tmp_path, write_folder
+):
+    root = write_folder(tmp_path)
+    world = "0.5\n0\n0\n-0.5\n{}\n5000000\n"
+    (root / "train/images/x.pgw").write_text(world.format(400000))
+    (root / "train/masks/x.pgw").write_text(world.format(400000.2))
+    assert run("folder", "--root", root)[0] == 0
+    (root / "train/masks/x.pgw").write_text(world.format(400005))
+    code, out = run("folder", "--root", root)
+    assert code == 1 and "masks/x.png: lies elsewhere than its image" in out
+    assert "their corners are 10.0 pixels apart" in out
+    with pytest.raises(DataError, match="masks.x.png: lies elsewhere than its image"):
+        data.load("folder", root)
+
+
 # --- Classes ------------------------------------------------------------------------------------
 
 

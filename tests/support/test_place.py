@@ -13,6 +13,7 @@ from PIL import Image
 
 from support.geotiff import create
 from support.place import aux_xml, epsg_code, georeference, misplaced, transformation
+from support.raster import read_tags
 
 SIZE = (20, 30)
 SCALE, TIE = {33550: (12, [0.5, 0.25, 0.0])}, {33922: (12, [0.0, 0.0, 0.0, 4e5, 5e6, 0.0])}
@@ -136,6 +137,20 @@ def test_rasterio_finds_scene_and_map_at_the_same_place(tmp_path, write_tiff):
             np.testing.assert_allclose(transformation(scene).ravel(), of_scene[0], err_msg=name)
         if of_scene[1] != "None":
             assert of_scene[1] == f"EPSG:{epsg_code(scene)}", name
+
+
+@pytest.mark.parametrize("name", [name for name, scene in SCENES.items() if scene[1]])
+def test_tags_are_carried(tmp_path, write_tiff, name):
+    file, tags, sides = SCENES[name]
+    scene = write_scene(tmp_path / "in", file, tags, sides, write_tiff)
+    carried, written = read_tags(scene), read_tags(write_map(scene))
+    assert {tag: written[tag] for tag in tags} == {tag: carried[tag] for tag in tags}
+
+
+def test_a_world_file_gives_the_centre_of_the_first_pixel(tmp_path, write_tiff):
+    scene = write_scene(tmp_path / "in", "a.tif", {}, {".tfw": WORLD}, write_tiff)
+    x, y = transformation(scene) @ (1, 0.5, 0.5)
+    assert (x, y) == (400000.25, 4999999.875)
 
 
 def test_only_what_says_where_is_carried_from_an_aux_xml(tmp_path, write_tiff):
