@@ -11,10 +11,11 @@ publishers pack them (support/layouts.py). `folder` is anyone's own data:
 
     ROOT/classes.json      {"classes": ["road", ...], "ignore": 255, "colours": [[r, g, b], ...]}
     ROOT/{train,val,test}/images/NAME.{png,jpg,tif}
-    ROOT/{train,val,test}/masks/NAME.{png,tif}        one channel, values are class indices
+    ROOT/{train,val,test}/masks/NAME.{png,tif}        class indices, or the colours of classes.json
 
 There is no patching step: windows are cut from whole scenes. Labels are uint8, and 255 is ignored.
 A pixel that has no class is an error, or it is ignored and reported. It never becomes class 0.
+Where an image has no data (support/nodata.py) its label is ignored.
 
 Window k of step s depends on nothing but (seed, rank, s, k). So there is no sampler to save and no
 worker to seed, and a resumed run continues with the same windows. The abstract names Potsdam and
@@ -27,13 +28,13 @@ then one of its pixels, then the place of that pixel in the window. While labels
 classes are counted in small squares, so that finding a pixel takes no pass over all labels.
 
     python data.py audit potsdam --root /data/potsdam   # is it fit to train on?
+    python data.py classes DIR                          # a first classes.json from masks
     python data.py toy --root DIR                       # toy scenes as files, in Potsdam's layout
 
 Letters: B batch, C channels, H W pixels, K classes.
 """
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,19 +43,18 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from support import audit, cli, toy
-from support.cache import Cache, MappedArray, NoCache
-from support.labels import CELL, MAX_UNKNOWN, ROWS, UNKNOWN, LabelReader, count_cells
+from support import audit, classes, cli, toy
+from support.cache import Cache, NoCache
+from support.decode import Decoder, Pixels
+from support.labels import CELL, MAX_UNKNOWN, absent_classes, count_cells
 from support.layouts import BANDS, IGNORE, POTSDAM, SPLITS, Classes, SplitFiles, Tile, find_split
 from support.machine import keep_freed_memory
 from support.progress import Progress
-from support.raster import DataError, open_rows
+from support.raster import DataError
 
 DATA_SETS = ("toy", "potsdam", "vaihingen", "loveda", "folder")
 
 # --- Data sets ----------------------------------------------------------------------------------
-
-Pixels = np.ndarray | MappedArray
 
 
 class Scene(NamedTuple):
@@ -104,20 +104,45 @@ def load(
         more = len(files.faults) - 1
         hint = f" (and {more} more: python data.py audit lists them)" if more else ""
         raise DataError(files.faults[0] + hint)
-    reader = SceneReader(
-        files,
-        NoCache() if cache is None else Cache(cache),
-        MAX_UNKNOWN if max_unknown is None else max_unknown,
-        with_eroded=split != "train",  # eroded labels are for scores only
-    )
+    store = NoCache() if cache is None else Cache(cache)
+    max_unknown = MAX_UNKNOWN if max_unknown is None else max_unknown
+    decoder = Decoder(files.classes, files.encoding, store, max_unknown)
+    with_eroded = split != "train"  # eroded labels are for scores only
     scenes, notes = [], files.gaps + files.notes
     with Progress(f"decoding the {split} split") as progress:
         for index, tile in enumerate(files.tiles):
-            scene, scene_notes = reader.scene(tile)
+            scene, scene_notes = read_scene(decoder, tile, with_eroded)
             scenes.append(scene)
             notes += scene_notes
             progress((index + 1) / len(files.tiles))
+    if data == "folder":
+        check_classes(split, files, scenes, notes)
     return Dataset(files.classes, scenes, notes, common_bands(scenes, files, bands))
+
+
+def read_scene(decoder: Decoder, tile: Tile, with_eroded: bool) -> tuple[Scene, tuple[str, ...]]:
+    """The scene, and what the user should know about its labels."""
+    rows, image = decoder.image(tile.image)
+    label = decoder.label(tile.label, tile.image, rows)
+    eroded, notes = label, label.notes
+    if tile.eroded != tile.label:
+        path = tile.eroded if with_eroded else None
+        eroded = decoder.label(path, tile.image, rows)
+        notes += eroded.notes
+    labels = {"label": label.pixels, "eroded": eroded.pixels, "cells": label.cells}
+    return Scene(tile.name, image, **labels, path=tile.image, domain=tile.domain), notes
+
+
+def check_classes(split: str, files: SplitFiles, scenes: list[Scene], notes: list[str]) -> None:
+    """A class of classes.json without a pixel: DataError in training, elsewhere a note."""
+    labelled = [scene for scene in scenes if scene.label is not None]
+    if labelled:
+        pixels = count_classes(labelled).tolist()
+        ignored = sum(scene.label.size for scene in labelled) - sum(pixels)
+        if sentence := absent_classes(files.classes, files.encoding, pixels, ignored):
+            if split == "train":
+                raise DataError(f"{files.tiles[0].label.parent}: {sentence}")
+            notes.append(f"{split}: {sentence}")
 
 
 def load_toy(split: str) -> Dataset:
@@ -138,92 +163,6 @@ def common_bands(scenes: list[Scene], files: SplitFiles, asked: str | None) -> s
         if C != BANDS[bands]:
             raise DataError(f"{scene.path}: has {C} bands, but {bands} has {BANDS[bands]}")
     return bands
-
-
-# --- Files -> scenes ----------------------------------------------------------------------------
-
-
-class DecodedLabel(NamedTuple):
-    pixels: Pixels | None = None  # (H, W) uint8, 0..K-1 or IGNORE
-    cells: np.ndarray | None = None  # pixels of each class in squares of CELL, (., ., K)
-    notes: tuple[str, ...] = ()
-
-
-@dataclass
-class SceneReader:
-    """Decodes the files of a split, each at most once if there is a cache."""
-
-    files: SplitFiles
-    cache: Cache | NoCache
-    max_unknown: float  # share of a label's pixels that may have a colour of no class
-    with_eroded: bool  # also decode the eroded label where it is another file
-
-    def scene(self, tile: Tile) -> tuple[Scene, tuple[str, ...]]:
-        """The scene, and what the user should know about its labels."""
-        image = self.image(tile.image)
-        label = self.label(tile.label, tile, image.shape)
-        eroded, notes = label, label.notes
-        if tile.eroded != tile.label:
-            path = tile.eroded if self.with_eroded else None
-            eroded = self.label(path, tile, image.shape)
-            notes += eroded.notes
-        labels = {"label": label.pixels, "eroded": eroded.pixels, "cells": label.cells}
-        return Scene(tile.name, image, **labels, path=tile.image, domain=tile.domain), notes
-
-    def image(self, path: Path) -> Pixels:
-        """(H, W, C) uint8."""
-        name = self.cache.name(path, "image")
-        image = self.cache.find(name)
-        if image is None:
-            rows = open_rows(path)
-            image = self.cache.store(name, rows.shape, np.uint8, row_blocks(rows))
-        return image
-
-    def label(self, path: Path | None, tile: Tile, image_shape) -> DecodedLabel:
-        """The classes of a label file; DataError unless it is as large as the image."""
-        if path is None:
-            return DecodedLabel()
-        how = repr((self.files.classes, self.files.encoding, self.max_unknown))
-        name = self.cache.name(path, how)
-        pixels, cells = self.cache.find(f"{name}.label"), self.cache.find(f"{name}.cells")
-        if pixels is None or cells is None:
-            reader = LabelReader(path, self.files.classes, self.files.encoding)
-            check_size(reader.shape, image_shape, path, tile.image)  # before the work
-            pixels, cells = self.decode_label(reader, name)
-        check_size(pixels.shape, image_shape, path, tile.image)
-        K, notes = len(self.files.classes.names), ()
-        if unknown := cells[..., K].sum():
-            notes = (f"{path}: {unknown} pixels have a colour of no class; they are ignored",)
-        return DecodedLabel(pixels, np.array(cells[..., :K]), notes)
-
-    def decode_label(self, reader: LabelReader, name: str) -> tuple[Pixels, Pixels]:
-        """The classes (H, W), and how many of each and of UNKNOWN lie in squares of CELL."""
-        K, counts = len(self.files.classes.names), []
-
-        def blocks():
-            for rows in row_blocks(reader):
-                counts.append(count_cells(rows, K))
-                rows[rows == UNKNOWN] = IGNORE
-                yield rows
-            reader.check(self.max_unknown)  # before the label gets its name in the cache
-
-        pixels = self.cache.store(f"{name}.label", reader.shape, np.uint8, blocks())
-        cells = np.concatenate(counts)
-        return pixels, self.cache.store(f"{name}.cells", cells.shape, cells.dtype, [cells])
-
-
-def row_blocks(source) -> Iterator[np.ndarray]:
-    """An image or a label from top to bottom, ROWS at a time, to keep the decoding memory small."""
-    for top in range(0, source.shape[0], ROWS):
-        yield source.read(top, min(top + ROWS, source.shape[0]))
-
-
-def check_size(label, image, label_path: Path, image_path: Path) -> None:
-    if label != image[:2]:
-        raise DataError(
-            f"{label_path}: is {label[1]} x {label[0]} pixels, but its image {image_path} "
-            f"{image[1]} x {image[0]}"
-        )
 
 
 # --- Scenes -> random windows -------------------------------------------------------------------
@@ -405,8 +344,10 @@ def prefetch(windows: Windows, steps: range, threads: int = 1):
 
 @dataclass
 class Config:
-    command: Literal["audit", "toy"] = cli.option(None, "what to do", positional=True)
-    data: tuple[str, ...] = cli.option((), "audit: the data set", positional=True)
+    command: Literal["audit", "classes", "toy"] = cli.option(None, "what to do", positional=True)
+    data: tuple[str, ...] = cli.option(
+        (), "audit: the data set; classes: the folder of masks", positional=True
+    )
     root: Path = cli.option(None, "the folder to read, or for toy to write to")
     split: Literal["all", *SPLITS] = cli.option("all", "audit this split only")
     tiles: tuple[str, ...] = cli.option((), "audit these tiles only, by name")
@@ -419,7 +360,10 @@ class Config:
             raise cli.UsageError(f"say what to audit: python data.py audit {' | '.join(audited)}")
         if self.command == "toy" and self.data:
             raise cli.UsageError("python data.py toy takes nothing but --root")
-        if self.root is None:
+        if self.command == "classes":
+            one = len(self.data) == 1 and self.root is None
+            cli.require(one, "say where the masks are: python data.py classes DIR")
+        elif self.root is None:
             raise cli.UsageError(f"python data.py {self.command} needs --root, a folder")
         if not 0 <= self.max_unknown <= 1:
             raise cli.UsageError(f"--max-unknown is a share, 0 to 1; got {self.max_unknown}")
@@ -435,6 +379,9 @@ def main(arguments: list[str]) -> int | None:
         bands = None if config.bands == "auto" else config.bands
         options = {"tiles": config.tiles, "bands": bands, "max_unknown": config.max_unknown}
         return audit.report(audit.examine(config.data[0], config.root, splits, **options))
+    if config.command == "classes":
+        print("\n".join(classes.propose(Path(config.data[0]))))
+        return None
     toy.write_files(config.root)
     print(f"python train.py --data potsdam --root {config.root}")
 

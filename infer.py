@@ -18,10 +18,8 @@ scene's width and not on its height. The map of a TIFF is a TIFF with the same g
 Letters: B batch, C channels, H W pixels, K classes.
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -37,11 +35,13 @@ from torch import Tensor, nn
 from ctclm import CTCLM, VARIANTS, Transformer
 from data import DATA_SETS, Dataset, load
 from kernels import upsample
-from support import checkpoint, cli, pictures
+from support import checkpoint, cli
 from support.checkpoint import CheckpointError, atomic_write
-from support.geotiff import create, georeference
+from support.images import open_rows
 from support.layouts import Classes
 from support.machine import keep_freed_memory, pick_device
+from support.maps import MapFiles
+from support.nodata import NO_ALPHA
 from support.progress import Progress
 from support.protocols import (
     GEOSEG_PATCH,
@@ -53,7 +53,7 @@ from support.protocols import (
     protocol_table,
     table,
 )
-from support.raster import DataError, Rows, header, open_rows
+from support.raster import DataError, Rows
 from support.replay import ReplayedShapes
 from support.scenes import BatchSize, Behind, Part, blend
 
@@ -154,7 +154,7 @@ def predict(
 
     `options` are those of `predict_parts`.
     """
-    for top, _, p in predict_parts(model, image, **options):
+    for top, _, p, _ in predict_parts(model, image, **options):
         yield top, p.cpu().numpy()
 
 
@@ -162,7 +162,7 @@ def predict_classes(model, image: np.ndarray | Rows, **options) -> tuple[np.ndar
     """Class map (H, W) uint8 and the probability of each pixel's class, (H, W) float32."""
     H, W = image.shape[:2]
     classes, confidence = np.empty((H, W), np.uint8), np.empty((H, W), np.float32)
-    for top, pixels, p in predict_parts(model, image, **options):
+    for top, pixels, p, _ in predict_parts(model, image, **options):
         most, labels = p.max(dim=0)
         bottom = top + len(pixels)
         classes[top:bottom] = labels.byte().cpu().numpy()
@@ -316,7 +316,8 @@ def write_maps(model, config: Config, options: dict) -> None:
     (name, times), *_ = Counter(path.stem for path in config.images).most_common(1)
     cli.require(times == 1, f"two images are called {name}: map them to different folders")
     for path in config.images:  # all of them, before the first hour of work
-        check_bands(model, config, open_rows(path).shape[2], path)
+        rows = open_rows(path)
+        check_bands(model, config, rows.shape[2], path, rows.no_data.alpha is not None)
     if model.about.bands != "rgb":
         taken = "the images' bands are taken for these"
         print(f"{config.checkpoint} was trained on {model.about.bands}: {taken}")
@@ -327,44 +328,29 @@ def write_maps(model, config: Config, options: dict) -> None:
 
 def write_map(model, path: Path, out: Path, confidence: bool, options: dict) -> None:
     """The class map of one image, an overlay, and where asked the confidence."""
-    begin, rows, place = time.perf_counter(), open_rows(path), georeference(path)
-    (H, W), classes = rows.shape[:2], model.about.classes
-    suffix = ".tif" if header(path).format == "TIFF" else ".png"
-    written = out / f"{path.stem}_classes{suffix}"
-    overlay, counts = pictures.Overlay((H, W), classes), np.zeros(len(classes.names), np.int64)
-    with ExitStack() as stack:
-        progress = stack.enter_context(Progress(path.name))
-        classes_file = stack.enter_context(create(written, (H, W), classes.colours, place))
-        if confidence:
-            name = out / f"{path.stem}_confidence{suffix}"
-            confidence_file = stack.enter_context(create(name, (H, W), place=place))
+    rows = open_rows(path)
+    files = MapFiles(out, path, rows, model.about.classes, confidence)
 
-        def write(top: int, pixels: np.ndarray, labels: Tensor, most: Tensor) -> None:
-            labels = labels.cpu().numpy()
-            classes_file.append(labels)
-            if confidence:
-                confidence_file.append(most.cpu().numpy())
-            overlay.add(top, pixels, labels)
-            counts[:] += np.bincount(labels.ravel(), minlength=len(counts))
+    def write(top: int, pixels: np.ndarray, labels: Tensor, most: Tensor, valid) -> None:
+        files.add(top, pixels, labels.cpu().numpy(), most.cpu().numpy(), valid)
 
-        with Behind() as behind:  # writes, while the next rows are predicted
-            for top, pixels, p in predict_parts(model, rows, progress=progress, **options):
-                most, labels = p.max(dim=0)
-                behind(write, top, pixels, labels.byte(), (255 * most).round().byte())
-        picture, name = np.asarray(overlay.picture()), out / f"{path.stem}_overlay.png"
-        stack.enter_context(create(name, picture.shape)).append(picture)
-    shares = zip(classes.names, counts / (H * W), strict=True)
-    summary = ", ".join(f"{name} {share:.1%}" for name, share in shares)
-    print(f"{written}  {W} x {H}, {time.perf_counter() - begin:.1f} s: {summary}")
+    with Progress(path.name) as progress, files, Behind() as behind:
+        # It writes, while the next rows are predicted.
+        for top, pixels, p, valid in predict_parts(model, rows, progress=progress, **options):
+            most, labels = p.max(dim=0)
+            behind(write, top, pixels, labels.byte(), (255 * most).round().byte(), valid)
+    print(files.summary())
 
 
-def check_bands(model, config: Config, bands: int, what) -> None:
+def check_bands(model, config: Config, bands: int, what, transparency: bool = False) -> None:
     """DataError when `what` has other bands than the images that the model was trained on."""
     wanted = model.normalise.in_channels
     if bands != wanted:
+        and_more = " and transparency" if transparency else ""
+        hint = f"; if that is infrared: {NO_ALPHA}" if transparency and wanted > bands else ""
         raise DataError(
-            f"{what}: has {bands} bands, but {config.checkpoint} was trained on {wanted} "
-            f"({model.about.bands})"
+            f"{what}: has {bands} bands{and_more}, but {config.checkpoint} was trained on {wanted} "
+            f"({model.about.bands}){hint}"
         )
 
 

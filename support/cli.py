@@ -19,6 +19,7 @@ import errno
 import signal
 import sys
 from dataclasses import field, fields
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -102,6 +103,9 @@ ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
 
 def run(main, *user_errors: type[Exception]) -> None:
     """main(sys.argv[1:]), then exit. UsageError and `user_errors`: one sentence, exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name may have what a terminal cannot show
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main(sys.argv[1:]))
     except (UsageError, *user_errors) as error:

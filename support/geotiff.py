@@ -3,8 +3,7 @@
     with create("map.tif", (H, W), colours, georeference("scene.tif")) as file:
         file.append(rows)                       # (any number, W) uint8, from top to bottom
 
-Only a few blocks of rows are in memory at a time. A map has the same pixel grid as its image, so
-the image's GeoTIFF tags and world files are copied without change.
+Only a few blocks of rows are in memory at a time.
 """
 
 import math
@@ -14,17 +13,17 @@ import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from glob import escape
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from support.checkpoint import atomic_write
+from support.place import Georeference, save_side_files
 from support.raster import (
     BANDS,
     BITS,
     COMPRESSION,
+    GDAL_NO_DATA,
     HEIGHT,
     PALETTE,
     PHOTOMETRIC,
@@ -34,62 +33,28 @@ from support.raster import (
     WIDTH,
     DataError,
     Tags,
-    header,
-    read_tags,
-    tiff_directory,
-    tiff_file_header,
 )
-
-# --- Georeference -------------------------------------------------------------------------------
-
-# Pixel scale, tie points, transformation, keys, and the keys' numbers and texts. Tag 42113, the
-# image's no-data value, is left out: in a class map this value would be a class.
-GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
-WORLD_FILES = {  # the endings in use for each format
-    "TIFF": (".tfw", ".tifw", ".tiffw", ".wld", ".prj"),
-    "PNG": (".pgw", ".pngw", ".wld", ".prj"),
-    "JPEG": (".jgw", ".jpgw", ".jpegw", ".wld", ".prj"),
-}
-
-
-class Georeference(NamedTuple):
-    """Where an image lies on the ground: its GeoTIFF tags, and side files by their ending."""
-
-    tags: Tags
-    files: dict[str, bytes]
-
-
-def georeference(path: Path) -> Georeference:
-    """The georeference of `path` and of the side files with its name; empty when there is none."""
-    path, form, files = Path(path), header(path).format, {}
-    for side in sorted(path.parent.glob(f"{escape(path.stem)}.*")):
-        if side.stem == path.stem and side.suffix.lower() in WORLD_FILES[form]:
-            files[side.suffix.lower()] = side.read_bytes()
-    tags = read_tags(path) if form == "TIFF" else {}
-    return Georeference({tag: tags[tag] for tag in GEO_TAGS if tag in tags}, files)
-
-
-def save_side_files(place: Georeference, path: Path) -> None:
-    """Write the side files under the name of `path`, with the ending that its format uses."""
-    world = {".tif": ".tfw", ".png": ".pgw"}[Path(path).suffix]
-    for ending, content in place.files.items():
-        ending = ending if ending in (".wld", ".prj") else world
-        Path(path).with_suffix(ending).write_bytes(content)
-
-
-# --- Writing ------------------------------------------------------------------------------------
+from support.tiff import tiff_directory, tiff_file_header
 
 
 @contextmanager
-def create(path: Path, shape, colours=None, place: Georeference | None = None):
-    """In a `with` block, a Writer of a new .tif or .png of 8 bits, shape (H, W); a .png (H, W, 3).
+def create(
+    path: Path,
+    shape,
+    colours=None,
+    place: Georeference | None = None,
+    no_data: int | None = None,
+):
+    """In a `with` block, a Writer of a new .tif or .png of 8 bits, shape (H, W); a .png also
+    (H, W, 3) or (H, W, 4).
 
     With `colours` it is a palette image, without them a grey one. It gets the georeference `place`.
+    `no_data` is declared as the value of pixels without data.
     """
     kind = {".tif": TiffWriter, ".png": PngWriter}[Path(path).suffix]
     place = place or Georeference({}, {})
     with atomic_write(path) as file:
-        writer = kind(file, path, shape, colours, place.tags)
+        writer = kind(file, path, shape, colours, place.tags, no_data)
         try:
             yield writer
             if writer.rows != shape[0]:
@@ -112,8 +77,9 @@ class Writer:
     thread; `write` (these two); `end`.
     """
 
-    def __init__(self, file, path: Path, shape, colours, tags: Tags):
+    def __init__(self, file, path: Path, shape, colours, tags: Tags, no_data: int | None):
         self.file, self.path, self.shape, self.colours, self.tags = file, path, shape, colours, tags
+        self.no_data = no_data
         self.height, self.width = shape[:2]
         self.line = math.prod(shape[1:])  # bytes of a row
         self.rows_per_block = max(1, BLOCK_SIZE // self.line)
@@ -124,7 +90,7 @@ class Writer:
         self.start()
 
     def append(self, rows: np.ndarray) -> None:
-        """The next rows, (any number, W) or (any number, W, 3) uint8."""
+        """The next rows, (any number, W) or (any number, W, 3 or 4) uint8."""
         if rows.dtype != np.uint8 or rows.shape[1:] != tuple(self.shape[1:]):
             expected = " x ".join(map(str, self.shape[1:]))
             raise ValueError(f"rows of {expected} bytes are expected, not {rows.shape}")
@@ -176,6 +142,8 @@ class TiffWriter(Writer):
             STRIP_OFFSETS: (4, tuple(self.offsets)),
             STRIP_BYTES: (4, tuple(self.sizes)),
         }
+        if self.no_data is not None:
+            tags[GDAL_NO_DATA] = (2, b"%d\0" % self.no_data)
         if self.colours:
             palette = np.zeros((256, 3), np.uint16)
             palette[: len(self.colours)] = self.colours
@@ -196,22 +164,29 @@ class PngWriter(Writer):
     """
 
     def start(self) -> None:
-        self.coloured = len(self.shape) == 3
+        self.bands = self.shape[2] if len(self.shape) == 3 else 0  # 0: indices or grey
         self.checksum = zlib.adler32(b"")
         self.file.write(b"\x89PNG\r\n\x1a\n")
-        kind = 2 if self.coloured else 3 if self.colours else 0
+        kind = {3: 2, 4: 6}.get(self.bands, 3 if self.colours else 0)
         sizes = struct.pack(">IIBBBBB", self.width, self.height, 8, kind, 0, 0, 0)
         self.write_chunk(b"IHDR", sizes)
         if self.colours:
-            self.write_chunk(b"PLTE", np.array(self.colours, np.uint8).tobytes())
+            palette = np.array(self.colours, np.uint8)
+            if self.no_data is not None:  # an entry for it, transparent below
+                palette = np.pad(palette, ((0, self.no_data + 1 - len(palette)), (0, 0)))
+            self.write_chunk(b"PLTE", palette.tobytes())
+        if self.no_data is not None:
+            opaque = b"\xff" * self.no_data  # a byte for each entry of the palette
+            value = opaque + b"\0" if self.colours else struct.pack(">H", self.no_data)
+            self.write_chunk(b"tRNS", value)
         self.write_chunk(b"IDAT", b"\x78\x01")  # a deflate stream begins
 
     def compress(self, rows: np.ndarray) -> tuple[bytes, np.ndarray]:
         lines = np.pad(rows, ((0, 0), (1, 0)))
-        if self.coloured:
+        if self.bands:
             lines[:, 0] = 1
-            lines[:, 4:] -= rows[:, :-3]
-        deflate = zlib.compressobj(1 if self.coloured else 6, wbits=-15)
+            lines[:, self.bands + 1 :] -= rows[:, : -self.bands]
+        deflate = zlib.compressobj(1 if self.bands else 6, wbits=-15)
         return deflate.compress(lines) + deflate.flush(zlib.Z_SYNC_FLUSH), lines
 
     def write(self, data: bytes, lines: np.ndarray) -> None:

@@ -29,17 +29,21 @@ the check, and decodes to the label.
 Letters: H W pixels, K classes.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
+from support.images import open_rows
 from support.layouts import IGNORE, Classes, LabelEncoding
-from support.raster import DataError, open_rows, read_indices
+from support.masks import NO_INDEX, MaskRows
+from support.raster import DataError, Rows
 
 FAR, MAX_UNKNOWN = 112, 0.001
 BLURRED, MAX_BLURRED = 32, 0.2
 UNKNOWN = IGNORE - 1  # what LabelReader returns for a colour of no class; IGNORE in a Scene
 ROWS = 256  # decoded at a time, a multiple of CELL
+MOST_COLOURS, MOST_SHOWN = 10_000, 8  # of unknown colours: counted, and shown in a message
 CELL = 64  # side in pixels of the squares in which classes are counted
 
 
@@ -75,59 +79,141 @@ def encode_colours(label: np.ndarray, colours) -> np.ndarray:
 class LabelReader:
     """One label file, read by rows, of shape (H, W). It counts the pixels that have no class."""
 
-    def __init__(self, path: Path, classes: Classes, encoding: LabelEncoding):
-        self.path, self.classes, self.encoding = path, classes, encoding
-        if encoding.coloured:
-            self.rows = open_rows(path)
+    def __init__(
+        self, path: Path, classes: Classes, encoding: LabelEncoding, image: Rows | None = None
+    ):
+        """image: what the label is of; where it has no data the label is ignored."""
+        self.path, self.classes, self.encoding, self.image = path, classes, encoding, image
+        if encoding.corners:
+            self.rows, self.decode = open_rows(path), self.decode_corners
             if self.rows.shape[2] != 3:
                 raise DataError(f"{path}: has {self.rows.shape[2]} bands; a label has three")
         else:
-            self.rows = read_indices(path)
+            self.rows = MaskRows(path)
+            self.decode = self.decode_exact if self.rows.coloured else self.decode_indices
         self.shape = self.rows.shape[:2]
-        self.unknown, self.blurred = 0, 0  # pixels
-        self.wrong_values = np.zeros(256, np.int64)  # pixels of each index that is no class
+        self.unknown, self.blurred, self.no_data = 0, 0, 0  # pixels
+        self.others: Counter[tuple | int] = Counter()  # pixels of the commonest unknown colours
+        self.class_of_index = self.index_table()
+
+    def index_table(self) -> np.ndarray:
+        """The class of each index 0..255 and, at -1, of NO_INDEX: (257,) uint8."""
+        table = np.full(257, UNKNOWN, np.uint8)
+        declared = getattr(self.rows, "no_data", None)
+        if declared is not None and declared in range(256):
+            table[int(declared)] = IGNORE  # unless it is a class
+        for k, value in enumerate(self.encoding.values):
+            table[value] = k
+        if self.encoding.ignore is not None:
+            table[self.encoding.ignore] = IGNORE
+        table[NO_INDEX] = IGNORE
+        return table
 
     def read(self, top: int, bottom: int) -> np.ndarray:
         """Rows top..bottom-1 as (rows, W) uint8: 0..K-1, IGNORE, or UNKNOWN."""
         rows = self.rows[top:bottom]
-        if self.encoding.coloured:
-            label = decode_colours(rows, self.classes.colours)
-            self.unknown += int((label == UNKNOWN).sum())
-            self.blurred += int(far_from_corners(rows, BLURRED).sum())
-            return label
-        first, last = (
-            self.encoding.first_index,
-            self.encoding.first_index + len(self.classes.names) - 1,
-        )
-        valid = rows != self.encoding.ignore_index
-        wrong = rows[valid & ((rows < first) | (rows > last))]
-        self.wrong_values += np.bincount(wrong, minlength=256)
-        return np.where(valid, rows - np.uint8(first), np.uint8(IGNORE))
+        label = self.decode(rows)
+        valid = self.image.valid(top, bottom) if self.image else None
+        far = far_from_corners(rows, BLURRED) if self.encoding.corners else np.zeros(1, bool)
+        if valid is not None:
+            label[~valid], far = IGNORE, far & valid
+            self.no_data += valid.size - np.count_nonzero(valid)
+        self.blurred += np.count_nonzero(far)
+        unknown = label == UNKNOWN
+        if found := np.count_nonzero(unknown):
+            self.unknown += found
+            if not self.encoding.corners and len(self.others) < MOST_COLOURS:
+                values, pixels = np.unique(rows[unknown], axis=0, return_counts=True)
+                keys = map(tuple, values.tolist()) if values.ndim == 2 else values.tolist()
+                self.others.update(dict(zip(keys, pixels.tolist(), strict=True)))
+        return label
+
+    def decode_corners(self, rgb: np.ndarray) -> np.ndarray:
+        return decode_colours(rgb, self.classes.colours)
+
+    def decode_exact(self, rgb: np.ndarray) -> np.ndarray:
+        """Colours (rows, W, 3) -> classes, each by exactly its own."""
+        code = rgb.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+        label = np.full(code.shape, UNKNOWN, np.uint8)
+        colours = [*enumerate(self.encoding.colours)]
+        if self.encoding.ignore_colour:
+            colours.append((IGNORE, self.encoding.ignore_colour))
+        for k, (red, green, blue) in colours:
+            label[code == (red << 16 | green << 8 | blue)] = k
+        return label
+
+    def decode_indices(self, indices: np.ndarray) -> np.ndarray:
+        return self.class_of_index[indices]
 
     def check(self, max_unknown: float) -> None:
         """After the last row: DataError when the file is no valid label."""
-        if self.wrong_values.any():
-            first, last = (
-                self.encoding.first_index,
-                self.encoding.first_index + len(self.classes.names) - 1,
-            )
-            raise DataError(
-                f"{self.path}: has the value {self.wrong_values.nonzero()[0][0]} at "
-                f"{self.wrong_values.sum()} pixels, but the {len(self.classes.names)} classes are "
-                f"{first}..{last} and {self.encoding.ignore_index} is ignored"
-            )
         pixels = self.shape[0] * self.shape[1]
         if self.blurred > max(MAX_BLURRED, max_unknown) * pixels:
             raise DataError(
                 f"{self.path}: {self.blurred / pixels:.0%} of it is far from every class's colour; "
                 f"it looks like a photograph or an overlay, not like a label"
             )
+        if self.decode == self.decode_indices:
+            max_unknown = 0
+        elif self.decode == self.decode_exact and max_unknown == MAX_UNKNOWN:
+            max_unknown = 0  # the default is for lossy labels of ISPRS
         if self.unknown > max_unknown * pixels:
             share = self.unknown / pixels
-            raise DataError(
-                f"{self.path}: {self.unknown} pixels ({share:.2%}) have a colour of no class; "
-                f"--max-unknown {round_up_share(share)} would ignore them"
-            )
+            what = {
+                self.decode_corners: self.unknown_corners,
+                self.decode_exact: self.unknown_colours,
+                self.decode_indices: self.unknown_indices,
+            }[self.decode](share)
+            raise DataError(f"{self.path}: {what}")
+
+    def unknown_corners(self, share: float) -> str:
+        return (
+            f"{self.unknown} pixels ({share:.2%}) have a colour of no class; "
+            f"--max-unknown {round_up_share(share)} would ignore them"
+        )
+
+    def unknown_colours(self, share: float) -> str:
+        """With the colours, as lines to paste."""
+        common = self.others.most_common(MOST_SHOWN)
+        colours = ", ".join(str([*colour]) for colour, _ in common)
+        shares = ", ".join(f"{count / self.unknown:.1%}" for _, count in common)
+        if len(self.others) > MOST_SHOWN:
+            colours += ", ..."
+        why = "" if self.encoding.colours else " (it gives no colours)"
+        return (
+            f"{self.unknown} pixels ({share:.2%}) have a colour of no class of classes.json{why}: "
+            f'"colours": [{colours}] ({shares}); give each class its own there, and "ignore" that '
+            f"of pixels without a class"
+        )
+
+    def unknown_indices(self, share: float) -> str:
+        values, ignore = self.encoding.values, self.encoding.ignore
+        known = ", ".join(map(str, values))
+        if values == tuple(range(values[0], values[-1] + 1)):
+            known = f"{values[0]}..{values[-1]}"
+        nothing = "nothing" if ignore is None else ignore
+        return (
+            f"has the value {self.others.most_common(1)[0][0]} at {self.unknown} pixels, but the "
+            f"{len(values)} classes are {known} and {nothing} is ignored"
+        )
+
+
+def absent_classes(classes: Classes, encoding: LabelEncoding, pixels, ignored: int) -> str:
+    """A sentence on classes that have none of the labelled `pixels` (K,), with the likely cause;
+    "" when each has some."""
+    absent = [k for k, count in enumerate(pixels) if not count]
+    if not absent:
+        return ""
+    names = ", ".join(classes.names[k] for k in absent)
+    share = ignored / max(1, sum(pixels) + ignored)
+    if len(absent) > 1 or not ignored or encoding.ignore is None or encoding.corners:
+        return f"no pixel is {names}; label some, or take it out of classes.json"
+    values = [*encoding.values]
+    values[absent[0]] = encoding.ignore
+    return (
+        f"no pixel is {names}; {encoding.ignore} is ignored here and is {share:.0%} of the pixels: "
+        f'is it {names}? then write "values": {values}, "ignore": null in classes.json'
+    )
 
 
 def round_up_share(share: float) -> float:

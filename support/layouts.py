@@ -19,23 +19,29 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from support.names import IMAGES, MASK_ENDINGS, TIFFS, by_stem, pair, stem, visible_files
 from support.raster import DataError
 
 IGNORE = 255
 
+Colour = tuple[int, int, int]
+
 
 class Classes(NamedTuple):
     names: tuple[str, ...]
-    colours: tuple[tuple[int, int, int], ...]  # red, green, blue
+    colours: tuple[Colour, ...]  # red, green, blue
     clutter: int | None = None  # the class that some protocols leave out of the mean
 
 
 class LabelEncoding(NamedTuple):
-    """How label files say which class a pixel has: by a colour or by an index."""
+    """How label files say which class a pixel has: ISPRS by the corner of the colour cube that is
+    nearest, others by an index, or in masks of three bands by a colour."""
 
-    coloured: bool  # by the colours of the classes; otherwise by an index
-    first_index: int = 0  # the index of class 0
-    ignore_index: int = IGNORE  # the index of pixels without a class
+    corners: bool = False
+    values: tuple[int, ...] = ()  # the index of each class
+    ignore: int | None = IGNORE  # the index of pixels without a class
+    colours: tuple[Colour, ...] = ()  # of each class, exactly
+    ignore_colour: Colour | None = None
 
 
 class Tile(NamedTuple):
@@ -155,7 +161,7 @@ def find_isprs(data: str, root: Path, split: str, tiles: tuple[str, ...], bands)
     """Tiles by the pattern of their base name, at any depth below `root`."""
     isprs = ISPRS[data]
     files = defaultdict(list)  # (tile, kind) -> paths
-    for path in files_below(root, "*.[tT][iI][fF]*"):
+    for path in visible_files(root, TIFFS, deep=True):
         if match := isprs.pattern.fullmatch(path.name):
             kind = match.groupdict().get("kind", "").lower()
             if match["eroded"]:
@@ -201,13 +207,7 @@ def find_isprs(data: str, root: Path, split: str, tiles: tuple[str, ...], bands)
         elif label is None and eroded is not None:
             notes.append(f"tile {tile}: only the label with eroded boundaries is there, using it")
         result.append(Tile(tile, image, label or eroded, eroded))
-    return SplitFiles(POTSDAM, LabelEncoding(coloured=True), bands, result, faults, gaps, notes)
-
-
-def files_below(root: Path, pattern: str) -> list[Path]:
-    """Matches at any depth. Of links to folders, those that lie in `root` itself are followed."""
-    links = [path for path in root.iterdir() if path.is_symlink() and path.is_dir()]
-    return sorted({match for folder in (root, *links) for match in folder.rglob(pattern)})
+    return SplitFiles(POTSDAM, LabelEncoding(corners=True), bands, result, faults, gaps, notes)
 
 
 def choose_copy(paths: list[Path] | None, tile: str, faults: list[str]) -> Path | None:
@@ -228,18 +228,22 @@ def choose_copy(paths: list[Path] | None, tile: str, faults: list[str]) -> Path 
 
 def archives_hint(root: Path) -> str:
     """A hint for messages about missing files: the archives that may still hold them."""
-    archives = sorted(path.name for path in files_below(root, "*.zip"))
+    archives = sorted(path.name for path in visible_files(root, (".zip",), deep=True))
     return f" (perhaps still packed in {', '.join(archives)})" if archives else ""
 
 
 def find_loveda(root: Path, split: str, tiles: tuple[str, ...]) -> SplitFiles:
     """{Train,Val,Test}/{Urban,Rural}/{images_png,masks_png}/N.png, at any depth."""
-    folders = [
-        folder
-        for folder in files_below(root, "images_png")
-        if folder.absolute().parent.parent.name.lower() == split
-    ]
-    paths = [p for f in folders for p in sorted(f.glob("*.png"), key=lambda p: (len(p.stem), p))]
+    folders = defaultdict(dict)  # Urban or Rural, images_png or masks_png -> {N: path}
+    for path in visible_files(root, (".png",), deep=True):
+        kind, domain, of_split = (parent.name.lower() for parent in path.absolute().parents[:3])
+        if kind in ("images_png", "masks_png") and of_split == split:
+            folders[path.parent.parent, kind][stem(path)] = path
+    domains = sorted(domain for domain, kind in folders if kind == "images_png")
+    paths = []
+    for domain in domains:
+        images = folders[domain, "images_png"]
+        paths += sorted(images.values(), key=lambda path: (len(path.stem), path))
     if not paths:
         raise DataError(
             f"{root}: holds no Urban/images_png/N.png or Rural/images_png/N.png in a folder "
@@ -247,64 +251,56 @@ def find_loveda(root: Path, split: str, tiles: tuple[str, ...]) -> SplitFiles:
         )
     faults, gaps, result = [], [], []
     for path in select_tiles(paths, tiles, root):
-        mask = path.parent.parent / "masks_png" / path.name
-        if split != "test" and not mask.exists():
-            faults.append(f"{path}: has no mask (looked for it in {mask})")
-        domain = path.parts[-3]
-        label = mask if mask.exists() else None
-        result.append(Tile(f"{domain}_{path.stem}", path, label, None, domain.lower()))
+        domain = path.parent.parent
+        mask = folders[domain, "masks_png"].get(stem(path))
+        if split != "test" and not mask:
+            faults.append(f"{path}: has no mask (looked for it in {domain / 'masks_png'})")
+        name = path.absolute().parents[1].name
+        result.append(Tile(f"{name}_{path.stem}", path, mask, None, name.lower()))
     if not tiles and len(paths) != LOVEDA_IMAGES[split]:
         count = f"{len(paths)} of the {LOVEDA_IMAGES[split]} {split} images are there"
         gaps.append(count + archives_hint(root))
-    for folder in folders:
-        masks = {path.name for path in folder.parent.glob("masks_png/*.png")}
-        gaps += masks_without_image(folder, masks, {path.name for path in folder.glob("*.png")})
-    return SplitFiles(
-        LOVEDA,
-        LabelEncoding(coloured=False, first_index=1, ignore_index=0),
-        "rgb",
-        result,
-        faults,
-        gaps,
-        [],
-    )
+    for domain in domains:
+        alone = folders[domain, "masks_png"].keys() - folders[domain, "images_png"].keys()
+        gaps += masks_without_image(domain / "images_png", alone, ".png")
+    values = tuple(range(1, len(LOVEDA.names) + 1))
+    encoding = LabelEncoding(values=values, ignore=0)
+    return SplitFiles(LOVEDA, encoding, "rgb", result, faults, gaps, [])
 
 
 def find_folder(root: Path, split: str, tiles: tuple[str, ...]) -> SplitFiles:
     """Anyone's own data, in the layout that the docstring of data.py describes."""
-    classes, ignore = read_classes(root / "classes.json")
-    folder = root / split / "images"
+    classes, encoding = read_classes(root / "classes.json")
+    folder, masks_folder = root / split / "images", root / split / "masks"
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder (the layout is SPLIT/images and SPLIT/masks)")
-    faults, result = [], []
-    masks, images = images_by_stem(root / split / "masks", faults), images_by_stem(folder, faults)
+    faults, notes, result = [], [], []
+    images = by_stem(visible_files(folder, IMAGES), faults)
+    if masks_folder.is_dir():
+        masks = by_stem(visible_files(masks_folder, IMAGES), faults)
+    else:  # beside the images
+        masks = {name: path for name, path in images.items() if MASK_ENDINGS.search(name)}
+        images = {name: path for name, path in images.items() if name not in masks}
     if not images:
         raise DataError(f"{folder}: holds no .png, .jpg or .tif image")
+    pairs, several = pair(images, masks)
     for path in select_tiles([*images.values()], tiles, folder):
-        if path.stem not in masks:
-            faults.append(f"{path}: has no mask (looked for it in {root / split / 'masks'})")
-        result.append(Tile(path.stem, path, masks.get(path.stem)))
-    gaps = masks_without_image(folder, set(masks), set(images))
-    return SplitFiles(
-        classes, LabelEncoding(coloured=False, ignore_index=ignore), "", result, faults, gaps, []
-    )
+        name = stem(path)
+        if name in several:
+            faults.append(f"{path}: {several[name]} could be its mask; remove one")
+        elif name not in pairs:
+            faults.append(f"{path}: has no mask (looked for it in {masks_folder})")
+        elif pairs[name] != name and not notes:
+            notes.append(f"{masks[pairs[name]]} is taken for the mask of {path.name}, others alike")
+        result.append(Tile(path.stem, path, masks.get(pairs.get(name))))
+    gaps = masks_without_image(folder, masks.keys() - {*pairs.values()})
+    return SplitFiles(classes, encoding, "", result, faults, gaps, notes)
 
 
-def images_by_stem(folder: Path, faults: list[str]) -> dict[str, Path]:
-    """The images in a folder by their name without ending, which pairs an image with its mask."""
-    files = {}
-    for path in sorted(folder.glob("[!.]*")):
-        if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".tif", ".tiff"):
-            continue  # a .tfw, a note
-        if path.stem in files:
-            faults.append(f"{path} and {files[path.stem].name} have one name: remove one")
-        files.setdefault(path.stem, path)
-    return files
-
-
-def masks_without_image(folder: Path, masks: set[str], images: set[str]) -> list[str]:
-    if alone := sorted(masks - images):
-        return [f"{folder}: {len(alone)} masks have no image here ({', '.join(alone[:5])})"]
+def masks_without_image(folder: Path, masks: set[str], ending: str = "") -> list[str]:
+    if masks:
+        names = ", ".join(f"{name}{ending}" for name in sorted(masks)[:5])
+        return [f"{folder}: {len(masks)} masks have no image here ({names})"]
     return []
 
 
@@ -315,23 +311,46 @@ def select_tiles(paths: list[Path], tiles: tuple[str, ...], where: Path) -> list
     return [path for path in paths if not tiles or path.stem in tiles]
 
 
-def read_classes(path: Path) -> tuple[Classes, int]:
-    """classes.json -> the classes and the mask value to ignore."""
+def read_classes(path: Path) -> tuple[Classes, LabelEncoding]:
+    """classes.json -> the classes, and how the masks say which one a pixel has."""
     try:
-        entry = json.loads(path.read_text())
+        entry = json.loads(path.read_text(encoding="utf-8-sig"))
         names = tuple(str(name) for name in entry["classes"])
-        ignore = int(entry.get("ignore", IGNORE))
-        colours = entry.get("colours", entry.get("colors")) or distinct_colours(len(names))
-        colours = tuple((int(r), int(g), int(b)) for r, g, b in colours)
+        values = tuple(int(value) for value in entry.get("values", range(len(names))))
+        own_colours = entry.get("colours", entry.get("colors")) or ()
+        own_colours = tuple((int(r), int(g), int(b)) for r, g, b in own_colours)
+        ignore, ignore_colour = entry.get("ignore", None if IGNORE in values else IGNORE), None
+        if isinstance(ignore, list):
+            red, green, blue = ignore
+            ignore, ignore_colour = None, (int(red), int(green), int(blue))
+        elif ignore is not None:
+            ignore = int(ignore)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; it names the classes of --data folder") from None
+        raise DataError(
+            f"{path}: no such file; it names the classes of --data folder, and python data.py "
+            f"classes {path.parent} writes a first one"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f'{path}: must look like {{"classes": ["road", ...], "ignore": 255}} ({error!r})'
         ) from None
+    colours = own_colours or tuple(distinct_colours(len(names)))
     if not 1 <= len(names) < IGNORE or len(colours) != len(names):
         raise DataError(f"{path}: {len(names)} classes with {len(colours)} colours")
-    return Classes(names, colours), ignore
+    for what, found in (("value", values), ("colour", own_colours or range(len(names)))):
+        if len({*found}) != len(names):
+            raise DataError(f"{path}: each of the {len(names)} classes needs a {what} of its own")
+    if not {*values} <= {*range(256)} or ignore is not None and ignore not in range(256):
+        raise DataError(f"{path}: values and ignore must be in 0..255")
+    if ignore in values:
+        others = [value for value in range(256) if value != ignore][: len(names)]
+        raise DataError(
+            f"{path}: {ignore} is ignored, and it is the value of {names[values.index(ignore)]}; "
+            f'say which values the classes have: "values": {others}'
+        )
+    return Classes(names, colours), LabelEncoding(
+        values=values, ignore=ignore, colours=own_colours, ignore_colour=ignore_colour
+    )
 
 
 def distinct_colours(count: int) -> list[tuple[int, int, int]]:

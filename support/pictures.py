@@ -32,7 +32,8 @@ def font(size: int) -> ImageFont.ImageFont:
 
 
 class Overlay:
-    """An image with its class map over it at 45 %, and a legend of the classes that occur.
+    """An image with its class map over it at 45 %, and a legend of the classes that occur. Where
+    the image has no data it is transparent.
 
     It is made from blocks of rows. Of a scene larger than LARGEST_OVERLAY it shows, and keeps in
     memory, only every n-th pixel of every n-th row.
@@ -42,26 +43,30 @@ class Overlay:
         """shape: (H, W) of the scene."""
         self.classes, self.step = classes, math.ceil(max(shape) / LARGEST_OVERLAY)
         height, width = (math.ceil(length / self.step) for length in shape)
-        self.shown = np.zeros((height, width, 3), np.uint8)
+        self.shown = np.zeros((height, width, 4), np.uint8)
         self.present: set[int] = set()  # classes
 
     def add(self, top: int, image: np.ndarray, labels: np.ndarray) -> None:
-        """The rows from `top` on: image (rows, W, C), labels (rows, W)."""
+        """The rows from `top` on: image (rows, W, C), labels (rows, W), IGNORE without data."""
         first = -top % self.step  # the first of these rows that is shown
         shown = labels[first :: self.step, :: self.step]
         colours = Image.fromarray(encode_colours(shown, self.classes.colours))
         pixels = np.ascontiguousarray(image[first :: self.step, :: self.step, :3])
         row = (top + first) // self.step
         blended = Image.blend(Image.fromarray(pixels), colours, 0.45)
-        self.shown[row : row + len(shown)] = np.asarray(blended)
+        part = self.shown[row : row + len(shown)]
+        part[..., :3], part[..., 3] = np.asarray(blended), 255
+        part[shown == IGNORE] = 0
         self.present |= {*np.flatnonzero(np.bincount(shown.ravel())).tolist()}
 
     def picture(self) -> Image.Image:
-        """All rows must have been added."""
+        """RGB, or RGBA if some pixels have no data. All rows must have been added."""
         classes, present = self.classes, sorted(self.present - {IGNORE})
         key = legend([(classes.names[i], classes.colours[i]) for i in present])
-        shown = Image.fromarray(self.shown)
-        picture = Image.new("RGB", (max(shown.width, key.width), shown.height + key.height), PAPER)
+        opaque = IGNORE not in self.present
+        shown = Image.fromarray(self.shown[..., :3] if opaque else self.shown)
+        size = max(shown.width, key.width), shown.height + key.height
+        picture = Image.new(shown.mode, size, PAPER)
         picture.paste(shown, (0, 0))
         picture.paste(key, (0, shown.height))
         return picture

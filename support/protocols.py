@@ -142,6 +142,9 @@ def table(result: dict, classes: Classes) -> str:
     for name, iou, f1 in zip(classes.names, result["iou"], result["f1"], strict=True):
         lines.append(f"{name:16} {percent(iou)} {percent(f1)}")
     lines.append(f"{'mean':16} {percent(result['miou'])} {percent(result['mf1'])}")
+    if absent := [n for n, iou in zip(classes.names, result["iou"], strict=True) if iou is None]:
+        lines[-1] += f"   over {len(classes.names) - len(absent)} of {len(classes.names)} classes: "
+        lines[-1] += f"{', '.join(absent)} is neither labelled nor predicted"
     lines.append(
         f"overall accuracy {percent(result['oa'])}   kappa {percent(result['kappa'])}   "
         f"boundary F1 within 3 pixels {percent(result['boundary_f1'])}"

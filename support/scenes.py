@@ -8,7 +8,7 @@ linearly across an overlap and add up to exactly 1 at every pixel, so blending n
 `blend` walks down the scene one row of windows at a time, and yields rows once no later window can
 change them. Windows are computed in batches, and a batch may reach into the next rows of windows.
 What is in memory depends on the scene's width and on the batch, not on the scene's height. The
-result depends on the windows, not on how the file is stored.
+result depends on the windows, not on how the file is stored. Windows without data are left out.
 
 While the device computes, a thread reads the next rows (`ahead`), and another writes the last ones
 (`Behind`). `blend` itself never waits for a GPU.
@@ -56,7 +56,8 @@ class Part(NamedTuple):
 
     top: int  # the first of them
     pixels: np.ndarray  # (rows, W, C) uint8, of the image
-    values: Tensor  # (K, rows, W) float32, on the device
+    values: Tensor  # (K, rows, W) float32, on the device; 0 in windows without data
+    valid: np.ndarray | None  # (rows, W) bool: where the image has data; None: everywhere
 
 
 def blend(
@@ -79,21 +80,17 @@ def blend(
     columns, column_weights = axis_windows(W, window, overlap)
     height, width = min(window, H), min(window, W)
     weights = [torch.from_numpy(axis).to(device) for axis in (row_weights, column_weights)]
-    bands: deque[np.ndarray] = deque()  # rows of windows whose blending is not finished
-
+    bands: deque[tuple] = deque()  # rows of windows whose blending is not finished
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
-    def read() -> Iterator[tuple[np.ndarray, Tensor]]:
-        for top in rows:
-            band = np.array(image[top : top + height], order="C")  # (height, W, C)
-            with torch.cuda.stream(stream) if stream else nullcontext():  # a thread has its own
-                on_device = upload(band, device)
-            yield band, on_device
-
-    def windows() -> Iterator[Tensor]:
-        for band, on_device in ahead(read()):
-            bands.append(band)
-            yield from (on_device[:, left : left + width] for left in columns)
+    def windows() -> Iterator[Tensor | None]:
+        first = True  # it is computed in any case, and says what K is
+        for band, valid, on_device in ahead(read_bands(image, rows, height, device, stream)):
+            bands.append((band, valid))
+            for left in columns:
+                needed = first or valid is None or valid[:, left : left + width].any()
+                yield on_device[:, left : left + width] if needed else None
+                first = False
 
     values = in_batches(function, windows(), batch)
     pending = None  # (K, ., W): blended rows from `top` on that later windows still add to
@@ -102,9 +99,11 @@ def blend(
         for column, left in enumerate(columns):
             p = next(values)  # (K, height, width)
             if blended is None:
-                blended = p.new_zeros(len(p), height, W)
-            p *= torch.outer(weights[0][index], weights[1][column]).float()
-            blended[:, :, left : left + width] += p
+                known = p if pending is None else pending  # what K is, if there is no p
+                blended = known.new_zeros(len(known), height, W)
+            if p is not None:
+                p *= torch.outer(weights[0][index], weights[1][column]).float()
+                blended[:, :, left : left + width] += p
             if progress:
                 progress((index + (column + 1) / len(columns)) / len(rows))
         if pending is not None:
@@ -112,7 +111,23 @@ def blend(
             blended[:, :shared] += pending
         following = rows[index + 1] if index + 1 < len(rows) else H
         pending = blended[:, following - top :].clone()  # a copy, so that `blended` itself can go
-        yield Part(top, bands.popleft()[: following - top], blended[:, : following - top])
+        pixels, valid = (x if x is None else x[: following - top] for x in bands.popleft())
+        yield Part(top, pixels, blended[:, : following - top], valid)
+
+
+def read_bands(
+    image: np.ndarray | Rows, tops: list[int], height: int, device: torch.device, stream
+) -> Iterator[tuple[np.ndarray, np.ndarray | None, Tensor]]:
+    """Rows top..top+height-1 of an image: (height, W, C), where they hold data, and on `device`.
+
+    stream: the caller's, on a GPU; the thread that runs this has its own.
+    """
+    for top in tops:
+        band = np.array(image[top : top + height], order="C")
+        valid = image.valid(top, top + height) if isinstance(image, Rows) else None
+        with torch.cuda.stream(stream) if stream else nullcontext():
+            on_device = upload(band, device)
+        yield band, valid, on_device
 
 
 def upload(pixels: np.ndarray, device: torch.device) -> Tensor:
@@ -156,20 +171,24 @@ class BatchSize:
 
 
 def in_batches(
-    function: Callable[[Tensor], Tensor], windows: Iterator[Tensor], batch: BatchSize
-) -> Iterator[Tensor]:
-    """function(windows)[i] for each window i in turn, computed `batch.size` at a time."""
-    waiting: list[Tensor] = []
+    function: Callable[[Tensor], Tensor], windows: Iterator[Tensor | None], batch: BatchSize
+) -> Iterator[Tensor | None]:
+    """function(windows)[i] for each window i in turn, computed `batch.size` at a time; None for
+    None."""
+    waiting: list[Tensor | None] = []
     while waiting := waiting + [*islice(windows, max(0, batch.size - len(waiting)))]:
+        now = waiting[: batch.size]
+        computed = [window for window in now if window is not None]
         try:
-            values = function(torch.stack(waiting[: batch.size]))
+            values = function(torch.stack(computed)) if computed else ()
         except torch.OutOfMemoryError:
             values = None  # halved below: in here the traceback still holds the batch's maps
         if values is None:
             batch.halve()
             continue
-        waiting = waiting[len(values) :]
-        yield from values
+        waiting = waiting[len(now) :]
+        values = iter(values)
+        yield from (None if window is None else next(values) for window in now)
 
 
 # --- Threads --------------------------------------------------------------------------------------

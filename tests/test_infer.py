@@ -28,13 +28,15 @@ from infer import (
     probabilities,
     save_transformer,
 )
-from support import geotiff, toy
+from support import geotiff, pictures, toy
 from support.checkpoint import CheckpointError
+from support.images import open_rows
 from support.labels import decode_colours
 from support.layouts import IGNORE, LOVEDA, POTSDAM, Classes
+from support.masks import read_indices
 from support.metrics import erode
 from support.protocols import check_submission
-from support.raster import DataError, Rows, open_rows, read_indices, read_tags
+from support.raster import DataError, Rows, read_tags
 from support.replay import ReplayedShapes
 from support.scenes import BatchSize, axis_windows
 
@@ -122,9 +124,31 @@ def test_a_map_lies_where_its_image_lies(tmp_path, printed, best, write_tiff):
         assert {tag: tags[tag] for tag in place | keys} == {
             tag: (number, tuple(values)) for tag, (number, values) in (place | keys).items()
         }
-        assert 42113 not in tags
+        assert tags[42113] == (2, b"255\0" if kind == "classes" else b"0\0")
         for name, side in ((f"a_{kind}.tfw", "a.tfw"), (f"b_{kind}.pgw", "b.pgw")):
             assert (out / name).read_bytes() == (tmp_path / side).read_bytes()
+
+
+def test_where_there_is_no_data_the_map_has_none_and_else_it_is_the_same(
+    tmp_path, printed, best, write_tiff
+):
+    """Bit for bit, and the shares are those of the pixels with data."""
+    image, alpha = random_image(150, 100), np.full((150, 100, 1), 255, np.uint8)
+    alpha[:80] = alpha[:, 70:] = 0
+    write_tiff(tmp_path / "a.tif", np.dstack([image, alpha]), rows=7, tags={338: (3, [2])})
+    Image.fromarray(image).save(tmp_path / "b.png")
+    out, arguments = tmp_path / "maps", ("--confidence", *SMALL)
+    text = printed(best, tmp_path / "a.tif", tmp_path / "b.png", "--out", out, *arguments)
+    valid = alpha[..., 0] > 0
+    for kind, none in (("classes", IGNORE), ("confidence", 0)):
+        with_holes = read_indices(out / f"a_{kind}.tif")
+        assert (with_holes[~valid] == none).all()
+        assert np.array_equal(with_holes[valid], read_indices(out / f"b_{kind}.png")[valid])
+    shares = np.bincount(read_indices(out / "a_classes.tif")[valid], minlength=6) / valid.sum()
+    first, second, _ = text.splitlines()
+    expected = zip(POTSDAM.names, shares, strict=True)
+    assert first.endswith(", ".join(f"{name} {share:.1%}" for name, share in expected))
+    assert second == "  no data at 67.3% of the pixels: 255 in the map"
 
 
 def test_a_map_of_four_bands(tmp_path, printed, write_tiff):
@@ -178,7 +202,7 @@ def test_memory_is_that_of_a_row_of_windows_however_high_the_scene(
     tmp_path, write_tiff, monkeypatch
 ):
     """All that Python and numpy allocate from reading to writing, for a scene ten times as high."""
-    monkeypatch.setattr(infer.pictures, "LARGEST_OVERLAY", 64)
+    monkeypatch.setattr(pictures, "LARGEST_OVERLAY", 64)
     monkeypatch.setattr(geotiff, "BLOCK_SIZE", 2**12)
     one_at_a_time = threading.Lock()  # a block that is compressed takes 0.27 MB, whatever its size
 
@@ -438,7 +462,6 @@ def bad_call(how, tmp_path, best, write_tiff):
         "16 bits": (best, tiff),
         "five bands": (best, tiff),
         "infrared": (best, tiff),
-        "transparency": (best, tiff),
         "two pages": (best, tiff),
         "one bad image of two": (best, good, grey),
         "a file as folder": (best, good, "--out", text),
@@ -483,10 +506,9 @@ FAULTS = {
     "no root": "--data potsdam needs --root",
     "a truncated TIFF": "x.tif: is truncated (7 bytes are missing)",
     "a truncated PNG": "cut.png: is damaged",
-    "16 bits": "x.tif: has 16 bits per band; convert it to 8 bits first",
+    "16 bits": "x.tif: has 16 bits per band; convert it to 8 bits: gdal_translate",
     "five bands": "x.tif: has 5 bands; an image has 3, or 4 with infrared",
     "infrared": "x.tif: has 4 bands, but ",
-    "transparency": "x.tif: is RGBA, not RGB; remove the transparency first",
     "two pages": "x.tif: holds more than one image",
     "one bad image of two": "grey.png: is L, not RGB",
     "a file as folder": "text.png: must be a folder, but there is a file",

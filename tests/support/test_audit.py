@@ -8,9 +8,10 @@ from PIL import Image
 
 import data
 from support import audit, cli, toy
+from support.images import open_rows
 from support.labels import decode_colours, encode_colours
 from support.layouts import POTSDAM, POTSDAM_TILES
-from support.raster import DataError, open_rows, read_tags
+from support.raster import DataError, read_tags
 
 RGB, LABEL = "RGB/top_potsdam_2_10_RGB.tif", "5_Labels_all/top_potsdam_2_10_label.tif"
 
@@ -131,7 +132,7 @@ DEFECTS = {
     "tiled roofs": "",
     "16 bits": "2_10_RGB.tif: has 16 bits per band",
     "a fourth band": "2_10_RGB.tif: has 4 bands, but rgb has 3",
-    "transparency": "2_10_RGB.tif: ",
+    "transparency": "",  # it is read as its three colours
     "overlay": "2_10_label.tif: 9[0-9]% of it is far .* an overlay",
     "photograph": "2_10_label.tif: .* looks like a photograph",
     "label as image": "2_10_RGB.tif: has the colours of a label",
@@ -241,7 +242,7 @@ def test_loveda(run, loveda):
 
 LOVEDA_DEFECTS = {
     "a value beyond": "1.png: has the value 8 at 4096 pixels, but the 7 classes are 1..7",
-    "colours": "1.png: is RGB; a mask has one band",
+    "colours": "1.png: 4096 pixels (100.00%) have a colour of no class",
     "all no-data": "1.png: every pixel is ignored",
     "no mask": "1.png: has no mask",
     "a mask alone": "1 masks have no image here (2.png)",
@@ -292,3 +293,150 @@ def test_a_class_that_does_not_occur_is_a_note(run, tmp_path, write_folder):
     (tmp_path / "classes.json").write_text('{"classes": ["a", "b", "horse"]}')
     code, out = run("folder", "--root", tmp_path, "--split", "val")
     assert code == 0 and "note: val: no pixel is horse" in out
+
+
+# --- Usual tiles that lie near the corners of the colour cube -----------------------------------
+
+
+def one_tile(root, image, mask, write_folder):
+    write_folder(root, size=image.shape[:2])
+    for split in ("train", "val"):
+        save(root / split / "images/x.png", image)
+        save(root / split / "masks/x.png", mask)
+    return root
+
+
+def usual(kind):
+    rng, size = np.random.default_rng(0), (256, 256, 3)
+    if kind == "black edge" or kind == "white edge":  # 96 %
+        image = np.full(size, 0 if kind == "black edge" else 255, np.uint8)
+        image[:52, :52] = rng.integers(60, 200, (52, 52, 3))
+        return image
+    mean, spread = {
+        "dark water": ((6, 18, 26), 2),  # Sentinel-2, true colour
+        "calm water": ((6, 18, 26), 0.4),
+        "night": ((3, 3, 4), 3),
+        "snow": ((250, 250, 252), 3),
+        "forest in infrared": ((225, 40, 28), 12),
+    }[kind]
+    return rng.normal(mean, spread, size).clip(0, 255).astype(np.uint8)
+
+
+KINDS = ["black edge", "white edge", "dark water", "calm water", "night", "snow"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "forest in infrared"])
+def test_no_usual_tile_is_taken_for_a_label(run, tmp_path, write_folder, kind):
+    image = usual(kind)
+    for quality in (None, 75):
+        if quality:
+            Image.fromarray(image).save(tmp_path / "x.jpg", quality=quality)
+            image = np.asarray(Image.open(tmp_path / "x.jpg"))
+        assert not audit.looks_like_a_label(image)
+    mask = np.full((256, 256), 2, np.uint8)  # the JPEG of calm water has one colour
+    root = one_tile(tmp_path / "data", image, mask, write_folder)
+    code, out = run("folder", "--root", root)
+    assert code == 0 and "fit to train on" in out, out
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_labels_are_taken_for_labels(seed):
+    image, label = toy.scene(seed, 256)
+    assert not audit.looks_like_a_label(image)
+    assert audit.looks_like_a_label(encode_colours(label, POTSDAM.colours))
+    black_and_white = 255 * (label == 1).astype(np.uint8)
+    assert audit.looks_like_a_label(np.dstack([black_and_white] * 3))
+
+
+def test_an_empty_tile_beyond_the_edge_of_a_mosaic_is_a_note(run, tmp_path, write_folder):
+    """Its label is ignored all over. With a label that says something it is a fault."""
+    black, ignored = np.zeros((64, 64, 3), np.uint8), np.full((64, 64), 255, np.uint8)
+    nothing = np.zeros((64, 64, 4), np.uint8)  # transparent
+    for number, image in enumerate((black, nothing)):
+        root = one_tile(tmp_path / str(number), image, ignored, write_folder)
+        code, out = run("folder", "--root", root)
+        what = ["all of it has one colour, (0, 0, 0)", "none of its pixels holds data"][number]
+        assert code == 0 and f"x.png: {what}, and its label has no more than one class" in out
+    several = (np.arange(64 * 64).reshape(64, 64) % 3).astype(np.uint8)
+    root = one_tile(tmp_path / "labelled", black, several, write_folder)
+    code, out = run("folder", "--root", root)
+    assert code == 1 and "x.png: all of it has one colour, (0, 0, 0)" in out
+
+
+def test_no_data_is_a_note_with_its_share(run, tmp_path, write_folder, write_tiff):
+    root = write_folder(tmp_path)
+    pixels = np.random.default_rng(0).integers(60, 200, (40, 48, 4), np.uint8)
+    pixels[..., 3] = 255
+    pixels[:10] = 0
+    path = root / "train/images/x.png"
+    save(path, pixels)
+    code, out = run("folder", "--root", root)
+    assert code == 0 and "x.png: no data at 25.0% of the pixels\n" in out
+    (row,) = [line for line in out.splitlines() if line.startswith("train x")]
+    assert float(row.split()[-2]) == 25.0
+    pixels[..., 3] = pixels[..., 0]  # infrared that a program has declared as transparency
+    save(path, pixels)
+    assert "if it is infrared, gdal_translate -co ALPHA=NO" in run("folder", "--root", root)[1]
+
+
+def test_a_mask_that_lies_elsewhere_is_a_fault_of_the_audit_and_of_training(
+    run, tmp_path, write_folder
+):
+    root = write_folder(tmp_path)
+    world = "0.5\n0\n0\n-0.5\n{}\n5000000\n"
+    (root / "train/images/x.pgw").write_text(world.format(400000))
+    (root / "train/masks/x.pgw").write_text(world.format(400000.2))
+    assert run("folder", "--root", root)[0] == 0
+    (root / "train/masks/x.pgw").write_text(world.format(400005))
+    code, out = run("folder", "--root", root)
+    assert code == 1 and "masks/x.png: lies elsewhere than its image" in out
+    assert "their corners are 10.0 pixels apart" in out
+    with pytest.raises(DataError, match="masks.x.png: lies elsewhere than its image"):
+        data.load("folder", root)
+
+
+# --- Classes ------------------------------------------------------------------------------------
+
+
+def zeros_and_255s(root, write_folder):
+    """Masks as Inria, WHU and Massachusetts have them."""
+    mask = np.zeros((40, 48), np.uint8)
+    mask[10:20] = 255
+    image = np.random.default_rng(0).integers(60, 200, (40, 48, 3), np.uint8)
+    one_tile(root, image, mask, write_folder)
+    for split in ("train", "val"):
+        save(root / split / "masks/y.png", mask)
+    (root / "classes.json").write_text('{"classes": ["background", "building"]}')
+    return root
+
+
+def test_a_class_that_does_not_occur_in_train_is_a_fault_with_its_likely_cause(
+    run, tmp_path, write_folder
+):
+    root = zeros_and_255s(tmp_path, write_folder)
+    sentence = (
+        "no pixel is building; 255 is ignored here and is 25% of the pixels: is it building? then "
+        'write "values": [0, 255], "ignore": null in classes.json'
+    )
+    code, out = run("folder", "--root", root)
+    assert code == 1 and f"fault: train: {sentence}" in out and f"note: val: {sentence}" in out
+    with pytest.raises(DataError, match="masks: no pixel is building; 255 is ignored here"):
+        data.load("folder", root)
+    assert any(sentence in note for note in data.load("folder", root, "val").notes)
+    entry = '{"classes": ["background", "building"], "values": [0, 255], "ignore": null}'
+    (root / "classes.json").write_text(entry)
+    assert run("folder", "--root", root)[0] == 0
+    label = np.asarray(data.load("folder", root).scenes[0].label)
+    assert np.bincount(label.ravel()).tolist() == [1440, 480]
+
+
+def test_a_first_classes_json(tmp_path, capsys, write_folder, program):
+    root = zeros_and_255s(tmp_path, write_folder)
+    (root / "classes.json").unlink()
+    code, error = program(data.main, (DataError,), "classes", root)
+    assert code == 0 and not error
+    assert len(data.load("folder", root).classes.names) == 2
+    code, error = program(data.main, (DataError,), "classes", root)
+    assert code == 2 and "classes.json: is there already" in error
+    code, error = program(data.main, (DataError,), "classes")
+    assert code == 2 and "say where the masks are" in error

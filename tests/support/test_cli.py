@@ -1,7 +1,10 @@
 """support/cli.py: options from a dataclass, and how a program ends."""
 
 import errno
+import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +13,8 @@ import pytest
 
 from support import cli
 from support.cli import option, parse
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @dataclass
@@ -94,3 +99,15 @@ def test_a_stop_signal_is_remembered_and_a_second_one_acts(capsys):
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         assert "finishing this step, then saving" in capsys.readouterr().err
     assert {number: signal.getsignal(number) for number in handlers} == handlers
+
+
+def test_a_name_that_a_terminal_cannot_show_is_printed_escaped():
+    """Names that are no UTF-8, and a terminal of another encoding."""
+    code = (
+        "from support import cli\n"
+        "def main(arguments): print('caf\\udce9.tif', '\\u0433.tif')\n"
+        "cli.run(main)"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert done.returncode == 0 and b"caf\\udce9.tif \\u0433.tif" in done.stdout, done.stderr

@@ -11,9 +11,12 @@ import pytest
 from PIL import Image
 
 from support import geotiff
-from support.geotiff import create, georeference
+from support.geotiff import create
+from support.images import read_image
 from support.layouts import POTSDAM
-from support.raster import DataError, header, read_image, read_indices, read_tags
+from support.masks import read_indices
+from support.place import GEO_TAGS, georeference
+from support.raster import DataError, header, read_tags
 
 
 def noise(*shape):
@@ -121,7 +124,7 @@ def test_a_map_beyond_four_gigabytes_is_refused_at_once(tmp_path):
 
 
 def place_of(path):
-    return {tag: entry for tag, entry in read_tags(path).items() if tag in geotiff.GEO_TAGS}
+    return {tag: entry for tag, entry in read_tags(path).items() if tag in GEO_TAGS}
 
 
 @pytest.mark.parametrize("order, big", [("<", False), (">", False), ("<", True)])
@@ -169,7 +172,7 @@ def test_world_files_take_the_maps_name(tmp_path, scene, side, expected):
 
 def test_an_image_without_a_place_gets_none(tmp_path, write_tiff):
     scene = write_tiff(tmp_path / "scene.tif", noise(20, 30, 3))
-    assert georeference(scene) == ({}, {})
+    assert georeference(scene) == ({}, {}, ())
 
 
 QUESTION = """

@@ -13,6 +13,7 @@ from support.labels import (
     MAX_UNKNOWN,
     UNKNOWN,
     LabelReader,
+    absent_classes,
     count_cells,
     decode_colours,
     encode_colours,
@@ -22,7 +23,7 @@ from support.labels import (
 from support.layouts import IGNORE, POTSDAM, Classes, LabelEncoding
 from support.raster import DataError
 
-COLOURED = LabelEncoding(coloured=True)
+COLOURED = LabelEncoding(corners=True)
 
 
 def read(path, classes=POTSDAM, encoding=COLOURED, max_unknown=MAX_UNKNOWN):
@@ -115,12 +116,98 @@ def test_the_share_is_rounded_up():
 def test_indices(tmp_path):
     classes = Classes(("a", "b", "c"), ((1, 1, 1),) * 3)
     path = saved(tmp_path / "a.png", np.array([[0, 1, 2, 3]], np.uint8))
-    label, _ = read(path, classes, LabelEncoding(coloured=False, first_index=1, ignore_index=0))
+    label, _ = read(path, classes, LabelEncoding(values=(1, 2, 3), ignore=0))
     assert label.tolist() == [[IGNORE, 0, 1, 2]]
     with pytest.raises(
         DataError, match="a.png: has the value 3 at 1 pixels, but the 3 classes are 0..2 and 255"
     ):
-        read(path, classes, LabelEncoding(coloured=False))
+        read(path, classes, LabelEncoding(values=(0, 1, 2)))
+
+
+INDICES = LabelEncoding(values=(0, 1, 2))
+THREE = Classes(("a", "b", "c"), ((0, 0, 0), (255, 0, 0), (0, 0, 255)))
+
+
+def exact(**more):
+    return LabelEncoding(values=(0, 1, 2), colours=THREE.colours, **more)
+
+
+def test_any_values_can_be_classes(tmp_path):
+    """Inria, WHU and Massachusetts have 0 and 255."""
+    path = saved(tmp_path / "a.png", np.array([[0, 255, 0, 7]], np.uint8))
+    encoding = LabelEncoding(values=(0, 255, 7), ignore=None)
+    assert read(path, THREE, encoding)[0].tolist() == [[0, 1, 0, 2]]
+    encoding = LabelEncoding(values=(0, 255, 8), ignore=None)
+    with pytest.raises(DataError, match="the value 7 at 1 pixels, .* 0, 255, 8 and nothing is ign"):
+        read(path, THREE, encoding)
+
+
+@pytest.mark.parametrize("value, expected", [(7, IGNORE), (0, 0), (255, IGNORE)])
+def test_a_no_data_value_is_ignored_unless_it_is_a_class(tmp_path, write_tiff, value, expected):
+    """QGIS's Rasterize declares 0, which is the background."""
+    pixels, tags = np.array([[[value], [1], [2]]], np.uint8), {42113: (2, b"%d\0" % value)}
+    path = write_tiff(tmp_path / "a.tif", pixels, tags=tags)
+    assert read(path, THREE, INDICES)[0].tolist() == [[expected, 1, 2]]
+
+
+def test_exact_colours(tmp_path):
+    colours = [[*THREE.colours, (9, 9, 9)]]
+    path = saved(tmp_path / "a.png", np.array(colours, np.uint8))
+    assert read(path, THREE, exact(ignore_colour=(9, 9, 9)))[0].tolist() == [[0, 1, 2, IGNORE]]
+    with pytest.raises(DataError, match=r"a.png: 1 pixels \(25.00%\) have a colour of no class"):
+        read(path, THREE, exact())
+    assert read(path, THREE, exact(), max_unknown=0.25)[0].tolist() == [[0, 1, 2, UNKNOWN]]
+
+
+def test_an_unknown_colour_of_ones_own_is_an_error(tmp_path):
+    """A single pixel: the default of --max-unknown is for lossy labels of ISPRS."""
+    pixels = np.zeros((200, 200, 3), np.uint8)
+    pixels[7, 7] = 0, 0, 1
+    with pytest.raises(DataError, match=r"1 pixels \(0.00%\) .*\[\[0, 0, 1\]\]"):
+        read(saved(tmp_path / "a.png", pixels), THREE, exact())
+
+
+def test_unknown_colours_are_lines_to_paste(tmp_path):
+    pixels = np.zeros((10, 10, 3), np.uint8)
+    pixels[:3], pixels[3] = (1, 2, 3), (7, 8, 9)
+    with pytest.raises(DataError) as error:
+        read(saved(tmp_path / "a.png", pixels), THREE, exact())
+    assert '"colours": [[1, 2, 3], [7, 8, 9]] (75.0%, 25.0%)' in str(error.value)
+    with pytest.raises(DataError, match=r"gives no colours\): .*\[\[0, 0, 0\], \[1, 2, 3\], \[7"):
+        read(tmp_path / "a.png", THREE, INDICES)
+    photo = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    with pytest.raises(DataError, match=r"\], \.\.\.\] \(") as error:
+        read(saved(tmp_path / "b.png", photo), THREE, exact())
+    assert len(str(error.value)) < 600
+
+
+class Holed:
+    """An image whose second pixel holds no data."""
+
+    def valid(self, top, bottom):
+        return np.array([[True, False, True]])
+
+
+@pytest.mark.parametrize("encoding", [INDICES, exact(), COLOURED])
+def test_what_lies_where_the_image_has_no_data_is_no_fault(tmp_path, encoding):
+    pixels = np.array([[0, 77, 2]], np.uint8)
+    if encoding != INDICES:
+        pixels = np.array([[(0, 0, 255), (99, 99, 99), (255, 0, 0)]], np.uint8)
+    classes = POTSDAM if encoding == COLOURED else THREE
+    reader = LabelReader(saved(tmp_path / "a.png", pixels), classes, encoding, Holed())
+    assert reader.read(0, 1)[0, 1] == IGNORE and reader.no_data == 1 and reader.unknown == 0
+    reader.check(MAX_UNKNOWN)
+
+
+def test_the_likely_cause_of_an_absent_class():
+    sentence = absent_classes(THREE, INDICES, [5, 0, 3], 2)
+    assert sentence == (
+        "no pixel is b; 255 is ignored here and is 20% of the pixels: is it b? then write "
+        '"values": [0, 255, 2], "ignore": null in classes.json'
+    )
+    assert absent_classes(THREE, INDICES, [5, 1, 3], 2) == ""
+    for pixels, ignored in (([5, 0, 0], 2), ([0, 1, 1], 0)):
+        assert "label some, or take it out" in absent_classes(THREE, INDICES, pixels, ignored)
 
 
 def test_cells_count_every_pixel_once():

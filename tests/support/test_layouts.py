@@ -12,8 +12,10 @@ from support.layouts import (
     POTSDAM_TILES,
     SPLITS,
     VAIHINGEN_TILES,
+    LabelEncoding,
     distinct_colours,
     find_split,
+    read_classes,
 )
 from support.raster import DataError
 
@@ -228,7 +230,17 @@ def test_loveda_is_found_in_every_layout(tmp_path, inside, monkeypatch):
         assert [tile.name for tile in found.tiles] == names
         assert [tile.domain for tile in found.tiles] == ["rural"] * 3 + ["urban"]
         assert not found.faults and found.gaps == ["4 of the 2522 train images are there"]
-        assert (found.encoding.first_index, found.encoding.ignore_index) == (1, 0)
+        assert (found.encoding.values, found.encoding.ignore) == (tuple(range(1, 8)), 0)
+
+
+def test_what_a_system_leaves_beside_lovedas_images_is_passed_over(tmp_path):
+    """macOS and exFAT, a NAS, Windows; and endings in capitals, as some servers unpack them."""
+    for name in ("1.png", "._1.png", ".DS_Store", "Thumbs.db", "2.PNG", "@eaDir/2.PNG"):
+        touch(tmp_path, f"Train/Urban/images_png/{name}", f"Train/Urban/masks_png/{name}")
+    found = find_split("loveda", tmp_path, "train")
+    assert [tile.name for tile in found.tiles] == ["Urban_1", "Urban_2"] and not found.faults
+    assert found.gaps == ["2 of the 2522 train images are there"]
+    assert [tile.label.name for tile in found.tiles] == ["1.png", "2.PNG"]
 
 
 def test_loveda_pairs(tmp_path):
@@ -248,12 +260,86 @@ def test_folder_pairs(tmp_path):
     touch(tmp_path / "train", "images/x.tfw", "masks/Thumbs.db")
     touch(tmp_path / "train", *names)
     found = find_split("folder", tmp_path, "train")
-    assert [tile.name for tile in found.tiles] == ["x", "y"] and found.encoding.ignore_index == 9
+    assert [tile.name for tile in found.tiles] == ["x", "y"] and found.encoding.ignore == 9
     assert found.tiles[1].label == tmp_path / "train/masks/y.png"
     assert len(found.faults) == 1 and "x.tif: has no mask" in found.faults[0]
     assert len(found.gaps) == 1 and "1 masks have no image here (z)" in found.gaps[0]
     touch(tmp_path / "train", "images/y.png")
     assert any("have one name" in fault for fault in find_split("folder", tmp_path, "train").faults)
+
+
+@pytest.mark.parametrize(
+    "image, mask",
+    [
+        ("a.tif", "a_mask.png"),
+        ("1_sat.jpg", "1_mask.png"),  # DeepGlobe
+        ("a.JPG", "a_label.TIF"),
+        ("e\u0301.png", "\u00e9.png"),
+        ("a b (1).tif", "a b (1)-labels.tif"),
+    ],
+)
+@pytest.mark.parametrize("folder", ["masks", "images"])
+def test_masks_may_have_an_ending_of_their_own(tmp_path, image, mask, folder):
+    """Then they may also lie beside the images."""
+    (tmp_path / "classes.json").write_text('{"classes": ["a", "b"]}')
+    touch(tmp_path / "train", f"images/{image}", f"images/._{image}", f"{folder}/{mask}")
+    if folder == "images" and mask == "\u00e9.png":
+        return  # has no ending of its own
+    found = find_split("folder", tmp_path, "train")
+    assert not found.faults and not found.gaps
+    assert [tile.label for tile in found.tiles] == [tmp_path / "train" / folder / mask]
+    assert bool(found.notes) == (mask != "\u00e9.png")
+
+
+def test_two_masks_of_an_image_are_a_fault(tmp_path):
+    (tmp_path / "classes.json").write_text('{"classes": ["a", "b"]}')
+    touch(tmp_path / "train", "images/a.tif", "masks/a_mask.png", "masks/a_gt.png")
+    (fault,) = find_split("folder", tmp_path, "train").faults
+    assert "a.tif: a_gt and a_mask could be its mask; remove one" in fault
+
+
+@pytest.mark.parametrize(
+    "text, encoding",
+    [
+        ('{"classes": ["a", "b"]}', LabelEncoding(values=(0, 1))),
+        (
+            '{"classes": ["a", "b"], "values": [0, 255]}',
+            LabelEncoding(values=(0, 255), ignore=None),
+        ),
+        ('{"classes": ["a", "b"], "ignore": null}', LabelEncoding(values=(0, 1), ignore=None)),
+        (
+            '{"classes": ["a", "b"], "colours": [[0, 0, 0], [9, 0, 0]], "ignore": [1, 2, 3]}',
+            LabelEncoding(False, (0, 1), None, ((0, 0, 0), (9, 0, 0)), (1, 2, 3)),
+        ),
+        ('\ufeff{"classes": ["a", "b"]}', LabelEncoding(values=(0, 1))),  # Windows' Notepad
+    ],
+)
+def test_classes_json(tmp_path, text, encoding):
+    (tmp_path / "classes.json").write_text(text, encoding="utf-8")
+    assert read_classes(tmp_path / "classes.json")[1] == encoding
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        (
+            '{"classes": ["a", "b"], "values": [0]}',
+            "each of the 2 classes needs a value of its own",
+        ),
+        ('{"classes": ["a", "b"], "values": [0, 0]}', "needs a value of its own"),
+        ('{"classes": ["a", "b"], "values": [0, 300]}', "values and ignore must be in 0..255"),
+        (
+            '{"classes": ["a", "b"], "ignore": 0}',
+            '0 is ignored, .* the value of a; .*values": .1, 2',
+        ),
+        ('{"classes": ["a", "b"], "colours": [[1, 1, 1], [1, 1, 1]]}', "a colour of its own"),
+        ('{"classes": ["a", "b"], "ignore": [1, 2]}', "must look like"),
+    ],
+)
+def test_a_classes_json_that_says_two_things(tmp_path, text, sentence):
+    (tmp_path / "classes.json").write_text(text)
+    with pytest.raises(DataError, match=sentence):
+        read_classes(tmp_path / "classes.json")
 
 
 def test_colours_stay_different():

@@ -32,7 +32,8 @@ def test_overlay_of_a_large_scene_shows_every_nth_pixel_whatever_the_blocks(monk
     assert overlay.step == 3  # 130 / 50, rounded up
     colours = encode_colours(labels[::3, ::3], POTSDAM.colours)
     expected = Image.blend(*map(Image.fromarray, (image[::3, ::3, :3].copy(), colours)), 0.45)
-    assert np.array_equal(overlay.shown, np.asarray(expected))
+    assert np.array_equal(overlay.shown[..., :3], np.asarray(expected))
+    assert (overlay.shown[..., 3] == 255).all() and overlay.picture().mode == "RGB"
     assert overlay.picture().height == 44 + 26
 
 

@@ -9,7 +9,7 @@ import torch
 from data import Dataset, Scene
 from infer import evaluate, predict_classes
 from support.layouts import IGNORE, Classes
-from support.protocols import geoseg_padding, percent, protocol_table, table
+from support.protocols import Tally, geoseg_padding, percent, protocol_table, table
 
 X = IGNORE
 ISPRS = Classes(("a", "b", "clutter"), ((0, 0, 0), (9, 9, 9), (5, 5, 5)), clutter=2)
@@ -140,6 +140,16 @@ def padding_counts(student, image, patch, **options):
         predicted = predict_classes(student, piece, **options)[0][padding]
         counts += np.bincount(predicted.ravel(), minlength=3)
     return counts
+
+
+def test_a_mean_over_fewer_classes_says_so():
+    """One class alone would be 100.0 mIoU, and nobody would know why."""
+    tally, label = Tally(PLAIN), np.zeros((4, 5), np.uint8)
+    tally.add(label, Scene("x", painted(label), label, label))
+    lines = table(tally.result(), PLAIN).splitlines()
+    assert lines[3] == (
+        "mean             100.0 100.0   over 1 of 2 classes: b is neither labelled nor predicted"
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.raster import Rows
 from support.scenes import BatchSize, Behind, ahead, axis_windows, blend, in_batches
 
 # --- Windows --------------------------------------------------------------------------------------
@@ -35,6 +36,50 @@ def test_weights_by_hand():
     assert starts == [0, 4]
     expected = [1, 1, 1, 1, 2 / 3, 1 / 3]
     np.testing.assert_allclose(weights, [expected, expected[::-1]])
+
+
+class Holed(Rows):
+    """A scene whose data begin at a pixel and end at another."""
+
+    def __init__(self, pixels, valid):
+        self.pixels, self.holds, self.shape = pixels, valid, pixels.shape
+
+    def read(self, top, bottom):
+        return self.pixels[top:bottom]
+
+    def valid(self, top, bottom):
+        return self.holds[top:bottom]
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_windows_without_data_are_not_computed_and_change_nothing(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    computed = []
+
+    def function(windows):
+        computed.append(len(windows))
+        return windows.permute(0, 3, 1, 2).float() / 7
+
+    def run(image):
+        computed.clear()
+        options = {"window": 32, "overlap": 0.25, "device": torch.device("cpu")}
+        parts = [*blend(function, image, **options, batch=BatchSize(size))]
+        return torch.cat([part.values for part in parts], dim=1), parts, sum(computed)
+
+    everything, _, all_windows = run(pixels)
+    for area in (np.s_[70:, 60:], np.s_[:9, :9], np.s_[40:41, 3:4]):
+        valid = np.zeros((90, 120), bool)
+        valid[area] = True
+        values, parts, windows = run(Holed(pixels, valid))
+        assert np.array_equal(np.concatenate([part.valid for part in parts]), valid)
+        assert values.shape == (3, 90, 120) and windows < all_windows / 2
+        assert torch.equal(values[:, valid], everything[:, valid])
+    values, _, windows = run(Holed(pixels, np.zeros((90, 120), bool)))
+    assert windows == 1 and values.shape == (
+        3,
+        90,
+        120,
+    )  # the first says how many classes there are
 
 
 def test_parts_hold_the_pixels_and_the_values_of_their_rows():
