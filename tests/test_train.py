@@ -23,6 +23,18 @@ from support.raster import DataError
 ERRORS = (DataError, CheckpointError)
 
 
+@pytest.fixture
+def drawn():
+    """For a test that looks at the pictures."""
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(request, monkeypatch):
+    """They take most of a small run's time."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(train.Run, "draw", lambda run: None)
+
+
 def run(config):
     run = train.prepare(config)
     run.fit()
@@ -30,7 +42,7 @@ def run(config):
     return run
 
 
-def test_a_run_leaves_what_it_promises(small, tmp_path, program):
+def test_a_run_leaves_what_it_promises(small, drawn, program):
     config = small()
     arguments = ["--data", "folder", "--root", config.root, "--out", config.out]
     code, error = program(train.main, ERRORS, *arguments, "--steps", 6, "--batch", 2, "--crop", 32)
@@ -92,34 +104,6 @@ def test_best_is_the_best_validation(small, monkeypatch):
     run_.fit()
     assert (run_.best["step"], run_.best["miou"], run_.best["cnn"]["miou"]) == (4, 0.7, 0.2)
     assert load_transformer(run_.config.out / "best.pt").about.val_miou == 0.7
-
-
-def test_resumed_run_ends_in_the_same_bits(small, tmp_path, monkeypatch):
-    whole = run(small(out=tmp_path / "whole"))
-
-    class StopAfterThree(cli.StopSignal):
-        asked = 0
-
-        @property
-        def received(self):
-            self.asked += 1
-            return signal.SIGINT if self.asked >= 3 else 0
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(cli, "StopSignal", StopAfterThree)
-        train.prepare(small(out=tmp_path / "parts")).fit()
-    assert ended.value.code == 130
-    assert read(tmp_path / "parts" / "last.pt", "ctclm-training")["step"] == 3
-    parts = run(small(out=tmp_path / "parts", resume=True))
-    assert whole.step == parts.step == 6
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, parts.model.state_dict()[name]), name
-    timing = ("images_per_s", "data_wait")
-    for ours, theirs in zip(whole.log, parts.log, strict=True):
-        assert {k: v for k, v in ours.items() if k not in timing} == {
-            k: v for k, v in theirs.items() if k not in timing
-        }
-    assert (tmp_path / "parts" / "log.csv").read_text().count("\n") == 7
 
 
 def test_a_run_is_resumed_where_it_is_now(small):

@@ -72,7 +72,7 @@ import train
 from support import ranks
 from support.ranks import Ranks
 
-ranks.TIMEOUT = 6.0
+ranks.TIMEOUT = 4.0
 root, out = sys.argv[1:]
 together = Ranks.join()
 config = train.Config(data="folder", root=root, batch=4, crop=64, out=train.Path(out), device="cpu")
@@ -91,9 +91,9 @@ run.train_step(*batch)
 """
 
 
-def test_two_halves_have_the_gradients_of_the_whole_and_a_stalled_rank_is_named(small, tmp_path):
-    """Labelled pixels differ in number, so a mean of the ranks' means would not do. Then rank 1 no
-    longer answers, and rank 0 ends."""
+def test_two_halves_are_a_whole_and_a_stalled_rank_is_named(small, tmp_path):
+    """The same losses and gradients to rounding, though the halves differ in labelled pixels: the
+    mean of the ranks' means would not do. Then rank 1 no longer answers, and rank 0 ends."""
     alone = train.prepare(small(batch=4, crop=64, out=tmp_path / "alone"))
     scores = alone.evaluate(alone.val_set)["transformer"]["confusion_matrix"]
     alone.clip_gradients = lambda: torch.ones(3)
@@ -107,7 +107,7 @@ def test_two_halves_have_the_gradients_of_the_whole_and_a_stalled_rank_is_named(
     processes[1].kill()
     assert "agreed on 7 from [0, 1]" in printed, error
     assert processes[0].returncode == 1
-    assert "StalledError: rank 1 of 2 does not answer" in error and "more than 6 s" in error
+    assert "StalledError: rank 1 of 2 does not answer" in error and "more than 4 s" in error
 
     halves = [torch.load(tmp_path / f"run.{rank}") for rank in range(2)]
     scale = max(p.grad.norm() for p in alone.model.parameters())
@@ -129,11 +129,8 @@ def test_a_signal_to_one_rank_stops_both_and_saves_once(small):
     config = small()
     options = ["--data", "folder", "--root", config.root, "--out", config.out, "--batch", 2]
     processes = start("train.py", *options, "--crop", 64, "--steps", 10000, "--device", "cpu")
-    while "CE T" not in (line := processes[0].stdout.readline()) or not line:
-        if not line:
-            pytest.fail(processes[0].stderr.read())
-        if "deployed:" in line:
-            break
+    while not processes[0].stdout.readline().startswith("deployed:"):
+        assert processes[0].poll() is None, processes[0].stderr.read()
     time.sleep(1)  # into the first steps
     processes[1].send_signal(signal.SIGTERM)
     printed = [process.communicate(timeout=60) for process in processes]
