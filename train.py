@@ -445,7 +445,7 @@ def main(arguments: list[str]) -> None:
     step = run.best["step"]
     print(f"\nthe Transformer was best at step {step}; on validation it scores, in %:\n")
     print(table(run.best, classes))
-    print(f"\n{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    print(f"\n{out}: {', '.join(sorted(path.name for path in out.glob('*')))}")
 
 
 if __name__ == "__main__":

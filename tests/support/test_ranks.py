@@ -9,17 +9,18 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import infer
 import train
+from ctclm import CTCLM, ModelConfig
 from support import cli, protocols
 from support.checkpoint import read
-from support.layouts import POTSDAM
-from support.ranks import ALONE
+from support.layouts import POTSDAM, Classes
+from support.ranks import ALONE, Ranks
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.skipif(
@@ -64,6 +65,34 @@ def test_tallies_add_up():
     total = protocols.Tally.of_all(tallies)
     assert total.labelled[1, 2] == 7 == total.labelled.sum()
     assert total.domains["urban"].sum() == 6 and total.scenes == {"full": 2, "eroded": 0}
+
+
+class Alone(Ranks):
+    """One of `count` that never meets the others; `had` is what it would have told them."""
+
+    def gather(self, entry):
+        self.had = entry
+        return [entry]
+
+
+def test_scenes_are_shared_out(small):
+    """Of three scenes rank 0 predicts two. Together the counts are those of one process."""
+    val_set = train.prepare(small()).val_set
+    val_set = val_set._replace(scenes=[*val_set.scenes, val_set.scenes[0]])
+    model, ranks = CTCLM(ModelConfig("tiny", num_classes=3)).transformer, [Alone(0, 2), Alone(1, 2)]
+    halves = [infer.evaluate(model.eval(), val_set, ranks=rank) for rank in ranks]
+    whole = infer.evaluate(model, val_set)
+    assert halves[0] != halves[1] != whole
+    assert protocols.Tally.of_all([rank.had for rank in ranks]).result() == whole
+
+
+def test_images_are_shared_out(small, tmp_path):
+    model = CTCLM(ModelConfig("tiny", num_classes=3)).transformer.eval()
+    model.about = infer.About(Classes(("a", "b", "c"), ((0, 0, 0),) * 3), "folder", "rgb", 1, 0.5)
+    images = tuple(small().root / "val" / "images" / name for name in ("x.png", "y.png"))
+    config = infer.Config(checkpoint=tmp_path, images=images, out=tmp_path / "maps")
+    infer.write_maps(model, config, {"window": 64}, Alone(1, 2))
+    assert {path.name for path in config.out.iterdir()} == {"y_classes.png", "y_overlay.png"}
 
 
 TWO_HALVES = """
@@ -128,14 +157,13 @@ def test_a_signal_to_one_rank_stops_both_and_saves_once(small):
     """Rank 0 alone prints and writes. The run cannot go on with another number of processes."""
     config = small()
     options = ["--data", "folder", "--root", config.root, "--out", config.out, "--batch", 2]
-    processes = start("train.py", *options, "--crop", 64, "--steps", 10000, "--device", "cpu")
-    while not processes[0].stdout.readline().startswith("deployed:"):
-        assert processes[0].poll() is None, processes[0].stderr.read()
-    time.sleep(1)  # into the first steps
+    processes = start("train.py", *options, "--crop", 64, "--steps", 300, "--device", "cpu")
+    while "10/300  total" not in (line := processes[0].stdout.readline()):  # the first report
+        assert line, processes[0].stderr.read()
     processes[1].send_signal(signal.SIGTERM)
     printed = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [143, 143], printed
     step = read(config.out / "last.pt", "ctclm-training")["step"]
     assert step > 0 and f"saved at step {step}" in printed[0][0] and printed[1][0] == ""
     with pytest.raises(cli.UsageError, match="was started with 2 processes, not 1"):
-        train.prepare(small(resume=True, steps=10000, crop=64))
+        train.prepare(small(resume=True, steps=300, crop=64))
