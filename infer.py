@@ -55,7 +55,7 @@ from support.protocols import (
 )
 from support.ranks import ALONE, Ranks, StalledError
 from support.raster import DataError, Rows, header, open_rows
-from support.replay import ReplayedShapes
+from support.replay import replayed_on
 from support.scenes import BatchSize, Behind, Part, blend
 
 # --- best.pt: what people pass on -----------------------------------------------------------------
@@ -206,7 +206,7 @@ def mirrored(windows: Tensor) -> Tensor:
 def evaluate(
     model,
     dataset: Dataset,
-    progress=None,
+    progress=lambda share: None,
     protocols: bool = False,
     patch: int = GEOSEG_PATCH,
     crop: int = MMSEG_CROP,
@@ -217,16 +217,14 @@ def evaluate(
 
     Against full labels, and against eroded ones where there are no others; `domains` has them per
     domain where scenes have one. With `protocols` also `conventions`, a dict for each published way
-    of counting. `options` are those of `predict`; progress(share) is called as it goes. Each rank
-    predicts some of the scenes, and all return the scores of all.
+    of counting. `options` are those of `predict`; progress(share) is called as it goes.
     """
-    tally, scenes = Tally(dataset.classes, crop), dataset.scenes[ranks.rank :: ranks.count]
+    tally, scenes = Tally(dataset.classes, crop), ranks.share_of(dataset.scenes)
     options["batch"] = BatchSize.of(options.get("batch"), options.get("device", "cpu"))
     for index, scene in enumerate(scenes):
 
         def share(done, index=index):
-            if progress:
-                progress((index + done) / len(scenes))
+            progress((index + done) / len(scenes))
 
         prediction, _ = predict_classes(model, scene.image, progress=share, **options)
         tally.add(prediction, scene)
@@ -299,8 +297,7 @@ def main(arguments: list[str]) -> None:
     keep_freed_memory()
     ranks, device = Ranks.join(quiet=not config.images), pick_device(config.device)
     model = at_precision(load_transformer(config.checkpoint).to(device), config.precision)
-    if device.type == "cuda":
-        model.forward = ReplayedShapes(model.forward)
+    model.forward = replayed_on(device, model.forward)
     options = {"window": config.window, "overlap": config.overlap, "device": device}
     options |= {"batch": BatchSize.of(config.batch, device)}
     if config.images:
@@ -325,7 +322,7 @@ def write_maps(model, config: Config, options: dict, ranks: Ranks) -> None:
         taken = "the images' bands are taken for these"
         print(f"{config.checkpoint} was trained on {model.about.bands}: {taken}")
     cli.make_folder(out)
-    for path in config.images[ranks.rank :: ranks.count]:
+    for path in ranks.share_of(config.images):
         write_map(model, path, out, config.confidence, options)
 
 

@@ -42,7 +42,7 @@ from support.progress import Interval, LiveLine, Pace, Progress
 from support.protocols import table
 from support.ranks import ALONE, Ranks, StalledError
 from support.raster import DataError
-from support.replay import Replayed, ReplayedShapes
+from support.replay import Replayed, replayed_on
 from support.tensorboard import Board, find_writer
 
 
@@ -99,8 +99,8 @@ class Config:
             find_writer()
 
     def saved(self) -> dict:
-        """As plain types. Where the run is and whether it is resumed are no part of it."""
-        return resume.options(self)
+        """What is run, as plain types: not where, and not whether it is resumed."""
+        return resume.what_is_run(self)
 
 
 # --- The run --------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class Run:
         self.one_update = Replayed(self.update, ranks.count == 1) if on_gpu else self.update
         torch.backends.cudnn.deterministic = True  # the same bits in every run
         self.norms: list[torch.Tensor] = []  # of gradients since the last check
-        self.history: list[torch.Tensor] = []  # of the steps since the last report
+        self.history: list[Losses] = []  # of the steps since the last report
         self.log, self.best = [], {"miou": -1.0}  # reports; the deployed branch's best validation
         self.step, self.seconds = 0, 0.0  # done so far, over all resumptions
 
@@ -148,13 +148,12 @@ class Run:
         else:
             inputs += numbers
         self.last_output, losses, norms = self.one_update(*inputs)
-        self.last_labels, losses = inputs[1], losses.clone()  # a replay overwrites them
+        self.last_labels, losses = inputs[1], Losses(*losses.clone())  # a replay overwrites them
         self.norms.append(norms.clone())
         self.step += 1
         if self.device.type != "cuda":
             self.check_gradients()
-        self.history.append(losses)
-        return Losses(*losses)
+        return losses
 
     def update(self, images, labels, lr, ramp) -> tuple[Output, torch.Tensor, torch.Tensor]:
         """Forward, objective, backward, clip, AdamW -> output, losses (9,), norms of gradients.
@@ -223,6 +222,7 @@ class Run:
         with cli.StopSignal(self.ranks.count > 1) as stop, LiveLine() as live:
             for _, images, labels, waited in batches:
                 losses = self.train_step(images, labels)
+                self.history.append(losses)
                 pace.step(waited)
                 done = self.step == c.steps
                 report = self.step % report_every == 0 or done
@@ -253,7 +253,7 @@ class Run:
     def report(self, since: Interval) -> dict:
         """One row of the log: means of the steps since the last one."""
         self.check_gradients()
-        terms = torch.stack(self.history).mean(0)
+        terms = torch.stack([torch.stack([*losses]) for losses in self.history]).mean(0)
         self.history = []
         row = {"step": self.step} | dict(zip(Losses._fields, terms.tolist(), strict=True))
         row |= {"ramp": ramp_up(self.step, self.config.steps), "lr": self.learning_rate()}
@@ -297,14 +297,11 @@ class Run:
         scores = {}
         options = {"device": self.device, "ranks": self.ranks}
         for name, branch in self.model.branches.items():
-            if self.device.type == "cuda":
-                branch = ReplayedShapes(branch)
+            branch = replayed_on(self.device, branch)
             with Progress(f"scoring the {name}") as progress:
                 scores[name] = evaluate(branch, dataset, progress, **options)
         self.model.train()
         return scores
-
-    # --- What it leaves behind ---
 
     def save(self) -> None:
         """last.pt (what was last.pt is previous.pt), log.csv."""
@@ -351,8 +348,7 @@ class Run:
 
 def prepare(config: Config, ranks: Ranks = ALONE) -> Run:
     """The run that the options describe: folder, data, model, and what a resumed one has done."""
-    fits = config.batch % ranks.count == 0
-    cli.require(fits, f"--batch {config.batch} is not a multiple of {ranks.count} processes")
+    ranks.share_of_batch(config.batch)  # or a UsageError, before anything is made
     ranks.from_first(lambda: checkpoint.prepare_folder(config.out, config.resume))
     train_set, val_set = load_data(config)
     torch.manual_seed(config.seed)
@@ -388,7 +384,7 @@ def make_windows(config: Config, scenes: list[Scene], augment=True, ranks=ALONE)
     fraction = config.rare_class_fraction
     if fraction is None:
         fraction = default_rare_class_fraction(scenes)
-    size = (config.crop, config.batch // ranks.count, config.seed, ranks.rank)
+    size = (config.crop, ranks.share_of_batch(config.batch), config.seed, ranks.rank)
     return Windows(scenes, *size, rare_class_fraction=fraction, augment=augment)
 
 
@@ -433,8 +429,7 @@ def main(arguments: list[str]) -> None:
         share = f"{windows.rare_class_fraction:.0%}"
         print(f"{share} of windows are drawn around rare classes: {', '.join(rare)}")
     print(diagnostics.cost_lines(run.cost(), config.crop))
-    if ranks.is_first:
-        checkpoint.save_json(config.saved(), out / "config.json")
+    ranks.from_first(lambda: checkpoint.save_json(resume.options(config), out / "config.json"))
     try:
         run.fit()
     except DivergedError as error:

@@ -39,6 +39,7 @@ from experiments.settings import SETTINGS, Ensemble
 from experiments.table import T_QUANTILES, difference_rows, markdown, read_scores, write_scores
 from infer import predict_classes
 from support import checkpoint, cli, machine, metrics, pictures
+from support.gradients import DivergedError
 from support.layouts import IGNORE
 from support.progress import duration
 from support.raster import DataError
@@ -426,4 +427,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, DataError, checkpoint.CheckpointError, train.DivergedError)
+    cli.run(main, DataError, checkpoint.CheckpointError, DivergedError)

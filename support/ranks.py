@@ -29,6 +29,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from support.cli import require
+
 TIMEOUT = 600.0  # seconds without an answer; decoding a data set may take minutes
 GRACE = 5.0  # within which the others notice too
 
@@ -63,6 +65,16 @@ class Ranks:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def share_of_batch(self, batch: int) -> int:
+        """How many of its windows are this rank's; UsageError unless all ranks have as many."""
+        fits = batch % self.count == 0
+        require(fits, f"--batch {batch} is not a multiple of {self.count}, the number of processes")
+        return batch // self.count
+
+    def share_of(self, scenes):
+        """Every `count`-th of them: the ones of this rank."""
+        return scenes[self.rank :: self.count]
 
     # --- What is added up ---
 

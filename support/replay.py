@@ -3,7 +3,7 @@
     step = Replayed(function)       # function(*tensors) -> tensors, the same work at every call
     outputs = step(*tensors)
 
-    model.forward = ReplayedShapes(model.forward)       # one graph for images of each shape
+    model.forward = replayed_on(device, model.forward)  # one graph for images of each shape
 
 A training step is more than a thousand small kernels, and launching one costs the host more time
 than many of them cost the GPU. A CUDA graph records them once and launches all of them together.
@@ -82,3 +82,8 @@ class ReplayedShapes:
 
     def __call__(self, x: torch.Tensor):
         return self.of_shape(x.shape, x.dtype)(x)
+
+
+def replayed_on(device: torch.device, function):
+    """The function as ReplayedShapes on a GPU; itself on a CPU."""
+    return ReplayedShapes(function) if device.type == "cuda" else function

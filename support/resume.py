@@ -13,7 +13,6 @@ import torch
 from support import checkpoint, cli
 
 MAY_CHANGE = ("steps", "validations", "device", "accumulate", "root", "cache", "tensorboard")
-OF_THE_CALL = ("out", "resume")  # no part of the run
 
 
 def parse(config_class, arguments: list[str], description: str = ""):
@@ -27,8 +26,14 @@ def parse(config_class, arguments: list[str], description: str = ""):
 
 
 def options(config) -> dict:
-    """What config.json and the checkpoints have of a run's config."""
-    return {k: v for k, v in cli.as_plain(config).items() if k not in OF_THE_CALL}
+    """What config.json has of a run's config: not where the run is, nor that it was resumed."""
+    return {k: v for k, v in cli.as_plain(config).items() if k not in ("out", "resume")}
+
+
+def what_is_run(config) -> dict:
+    """The options that make a run what it is, as the checkpoints have them."""
+    where = ("device", "cache", "tensorboard")
+    return {k: v for k, v in options(config).items() if k not in where}
 
 
 def state_of(run) -> dict:
@@ -40,7 +45,7 @@ def state_of(run) -> dict:
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "step": run.step,
-        "history": torch.stack(run.history) if run.history else torch.empty(0),
+        "history": [torch.stack([*losses]) for losses in run.history],
         "log": run.log,
         "best": run.best,
         "seconds": run.seconds,
@@ -55,7 +60,7 @@ def put_back(run, state: dict) -> None:
     for group in run.optimizer.param_groups:
         group["capturable"] = run.device.type == "cuda"  # now, not where it was saved
     run.step, run.log, run.best = state["step"], state["log"], state["best"]
-    run.history = [*state["history"].to(run.device)]
+    run.history = [losses.to(run.device) for losses in state["history"]]
     run.seconds = state["seconds"]
 
 
@@ -65,7 +70,7 @@ def require_same_run(state: dict, config, ranks: int) -> None:
     With other --steps it can, which stdout says.
     """
     out, before, step = config.out, state["config"], state["step"]
-    cli.require_same(options(config), before, f"{out}: was started", "resume it", MAY_CHANGE)
+    cli.require_same(config.saved(), before, f"{out}: was started", "resume it", MAY_CHANGE)
     is_ours = "ranks" in state
     cli.require(is_ours, f"{out}: was started by an older version; resume it with that version")
     cli.require(

@@ -308,6 +308,7 @@ def test_a_cache_is_shared_and_no_part_of_the_run(small, tmp_path):
     second = run(small(steps=1, cache=cache, out=tmp_path / "other"))
     assert files == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     assert not (first.config.out / "cache").exists()
+    assert "cache" not in first.config.saved()
     third = run(small(steps=1, out=tmp_path / "third"))
     for other in (second, third):
         assert torch.equal(first.model.cnn.stem[0].weight, other.model.cnn.stem[0].weight)

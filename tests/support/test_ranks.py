@@ -57,6 +57,12 @@ def test_alone_nothing_happens():
     assert type(model) is torch.nn.BatchNorm2d and not hasattr(model, "add_up")
 
 
+def test_a_batch_that_is_no_multiple_is_refused(small):
+    with pytest.raises(cli.UsageError, match="--batch 5 is not a multiple of 2, the number of pro"):
+        train.prepare(small(batch=5), Ranks(0, 2))
+    assert Ranks(0, 2).share_of_batch(8) == 4
+
+
 def test_tallies_add_up():
     """Of scenes of three ranks, one of which had none."""
     tallies = [protocols.Tally(POTSDAM) for _ in range(3)]

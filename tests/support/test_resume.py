@@ -49,7 +49,7 @@ def stopped(small, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             patch.setattr(cli, "StopSignal", stopping_after(after))
             train.prepare(config).fit()
-        checkpoint.save_json(config.saved(), config.out / "config.json")  # main does
+        checkpoint.save_json(resume.options(config), config.out / "config.json")  # main does
         return config
 
     return stop
@@ -75,7 +75,7 @@ def assert_same(ours, theirs):
 def test_resume_alone_has_the_options_of_the_run(small):
     config = small(lr=1e-4, train_tiles=("x", "y"), validations=2)
     config.out.mkdir()
-    checkpoint.save_json(config.saved(), config.out / "config.json")
+    checkpoint.save_json(resume.options(config), config.out / "config.json")
     alone = resume.parse(train.Config, ["--out", str(config.out), "--resume"])
     assert alone == small(lr=1e-4, train_tiles=("x", "y"), validations=2, resume=True)
     more = resume.parse(train.Config, ["--out", str(config.out), "--resume", "--steps", "9"])
@@ -147,7 +147,7 @@ def test_a_resumed_run_ends_in_the_same_bits(small, stopped, tmp_path, monkeypat
 def test_killed_before_its_first_checkpoint_a_run_starts_again(small, capsys):
     config = small(steps=1)
     config.out.mkdir()
-    checkpoint.save_json(config.saved(), config.out / "config.json")
+    checkpoint.save_json(resume.options(config), config.out / "config.json")
     (config.out / ".last.pt.123.tmp").write_bytes(b"half of a checkpoint")
     with pytest.raises(cli.UsageError, match="is not empty; continue it with --resume"):
         train.prepare(config)
