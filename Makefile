@@ -17,7 +17,7 @@ $(VENV)/ready: requirements.txt
 
 # A finished demo starts again. One that was interrupted goes on.
 demo: $(VENV)/ready
-	if [ -e $(DEMO)/last.pt ] && [ ! -e $(DEMO)/metrics.json ]; then resume=--resume; else rm -rf $(DEMO); fi; \
+	if [ -e $(DEMO)/config.json ] && [ ! -e $(DEMO)/metrics.json ]; then resume=--resume; else rm -rf $(DEMO); fi; \
 	$(PY) train.py --data toy --variant tiny --out $(DEMO) $$resume
 	$(PY) infer.py $(DEMO)/best.pt --data toy --split test
 	@echo

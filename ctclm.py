@@ -21,6 +21,7 @@ K classes; stages s = 1..4 at strides 4, 8, 16, 32.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -36,7 +37,7 @@ from kernels import (
     multiscale_convolution,
     upsample,
 )
-from kernels.distill import TRANSFERS
+from kernels.distill import TRANSFERS, CollaborativeLoss
 
 SMALLEST_IMAGE = 32  # stage 4 has stride 32, and stage 1 reduces keys by 8 at stride 4
 
@@ -470,12 +471,19 @@ class Losses(NamedTuple):
     gate: Tensor
 
 
+def alone(x: Tensor) -> Tensor:
+    return x
+
+
 class CTCLM(nn.Module):
     """Both branches, the shared space, and the objective that couples them.
 
     The Transformer is built first, so that a seed gives it the same initial weights whatever the
-    CNN is.
+    CNN is. Sums over the batch go through `add_up`: where several processes have a part of the
+    batch each, train.py lets it add up theirs, and the objective is that of the whole batch.
     """
+
+    add_up: Callable[[Tensor], Tensor] = staticmethod(alone)
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -526,6 +534,10 @@ class CTCLM(nn.Module):
             kappa=c.kappa,
             ignore_index=c.ignore_index,
         )
+        if self.add_up is not alone:
+            n = (labels != c.ignore_index).sum()
+            share = n / self.add_up(n).clamp(min=1)
+            loss = CollaborativeLoss(*self.add_up(share * torch.stack(loss)).unbind())
         align, region, decorrelation = self.alignment(output, labels)
         transfer = loss.cnn_to_transformer + loss.transformer_to_cnn
         collaboration = (
@@ -563,12 +575,13 @@ class CTCLM(nn.Module):
                 transformer_moves, cnn_moves = directed_distances(h_c.float(), h_t.float())
                 if s < 2:
                     both_move = 0.5 * (transformer_moves + cnn_moves)
-                    align = align + masked_mean(both_move, counts) / 2  # of two stages
+                    align = align + masked_mean(both_move, counts, self.add_up) / 2  # of two stages
                 else:
                     cnn_is_better = (F.adaptive_avg_pool2d(gap, h_c.shape[-2:]) > 0).float()
                     one_moves = cnn_is_better * transformer_moves + (1 - cnn_is_better) * cnn_moves
-                    region = region + masked_mean(one_moves, counts) / 2
-                penalty = covariance_penalty(h_c, counts) + covariance_penalty(h_t, counts)
+                    region = region + masked_mean(one_moves, counts, self.add_up) / 2
+                penalty = covariance_penalty(h_c, counts, self.add_up)
+                penalty = penalty + covariance_penalty(h_t, counts, self.add_up)
                 decorrelation = decorrelation + penalty / 8  # mean of 2 branches x 4 stages
         return align, region, decorrelation
 
@@ -618,29 +631,29 @@ def directed_distances(h_c: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
     return distance(student=h_t, teacher=h_c), distance(student=h_c, teacher=h_t)
 
 
-def covariance_penalty(h: Tensor, counts: Tensor) -> Tensor:
+def covariance_penalty(h: Tensor, counts: Tensor, add_up=alone) -> Tensor:
     """Mean squared off-diagonal covariance of one branch's projections h (B, D, H, W).
 
     The decorrelation term of VICReg (Bardes et al., 2022); `counts` (B, 1, H, W) is 1 at positions
     that take part. Alignment alone collapses the space to 2-4 dimensions of 64 within 100 steps.
     """
     D = h.shape[1]
-    covariance = masked_covariance(h.float(), counts)  # (D, D)
+    covariance = masked_covariance(h.float(), counts, add_up)  # (D, D)
     off_diagonal = covariance - torch.diag(torch.diagonal(covariance))
     return off_diagonal.square().sum() / (D * (D - 1))
 
 
-def masked_covariance(h: Tensor, counts: Tensor) -> Tensor:
+def masked_covariance(h: Tensor, counts: Tensor, add_up=alone) -> Tensor:
     """Covariance over the positions that count, (B, D, H, W) -> (D, D)."""
     rows = to_tokens(h).flatten(0, 1)  # (B * N, D)
     w = counts.flatten()[:, None]
-    n = w.sum().clamp(min=1)
-    centred = (rows - w.T @ rows / n) * w
-    return centred.T @ centred / n
+    n = add_up(w.sum()).clamp(min=1)
+    centred = (rows - add_up(w.T @ rows) / n) * w
+    return add_up(centred.T @ centred) / n
 
 
-def masked_mean(values: Tensor, counts: Tensor) -> Tensor:
-    return (values * counts).sum() / counts.sum().clamp(min=1)
+def masked_mean(values: Tensor, counts: Tensor, add_up=alone) -> Tensor:
+    return add_up((values * counts).sum()) / add_up(counts.sum()).clamp(min=1)
 
 
 def ramp_up(step: int, steps: int) -> float:

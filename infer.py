@@ -53,8 +53,9 @@ from support.protocols import (
     protocol_table,
     table,
 )
+from support.ranks import ALONE, Ranks, StalledError
 from support.raster import DataError, Rows
-from support.replay import ReplayedShapes
+from support.replay import replayed_on
 from support.scenes import BatchSize, Behind, Part, blend
 
 # --- best.pt: what people pass on -----------------------------------------------------------------
@@ -87,12 +88,11 @@ def load_transformer(path: Path) -> Transformer:
     """
     contents = checkpoint.read(path, "ctclm-transformer")
     config, known = contents["config"], contents["about"]
-    size = (VARIANTS[config["variant"]], config["num_classes"], config["in_channels"])
-    transformer = Transformer(*size)
+    size = config["num_classes"], config["in_channels"]
+    transformer = Transformer(VARIANTS[config["variant"]], *size)
     transformer.load_state_dict(contents["model"])
     classes = Classes(tuple(known["classes"]), tuple(map(tuple, known["colours"])))
-    origin = (known[key] for key in ("data", "bands", "step", "val_miou"))
-    transformer.about = About(classes, *origin)
+    transformer.about = About(classes, *(known[key] for key in About._fields[1:]))
     return transformer.eval()
 
 
@@ -206,10 +206,11 @@ def mirrored(windows: Tensor) -> Tensor:
 def evaluate(
     model,
     dataset: Dataset,
-    progress=None,
+    progress=lambda share: None,
     protocols: bool = False,
     patch: int = GEOSEG_PATCH,
     crop: int = MMSEG_CROP,
+    ranks: Ranks = ALONE,
     **options,
 ) -> dict:
     """Scores of `model` on whole scenes: miou, mf1, oa, kappa, iou, f1, boundary_f1, ...
@@ -218,13 +219,12 @@ def evaluate(
     domain where scenes have one. With `protocols` also `conventions`, a dict for each published way
     of counting. `options` are those of `predict`; progress(share) is called as it goes.
     """
-    tally = Tally(dataset.classes, crop)
+    tally, scenes = Tally(dataset.classes, crop), ranks.share_of(dataset.scenes)
     options["batch"] = BatchSize.of(options.get("batch"), options.get("device", "cpu"))
-    for index, scene in enumerate(dataset.scenes):
+    for index, scene in enumerate(scenes):
 
         def share(done, index=index):
-            if progress:
-                progress((index + done) / len(dataset.scenes))
+            progress((index + done) / len(scenes))
 
         prediction, _ = predict_classes(model, scene.image, progress=share, **options)
         tally.add(prediction, scene)
@@ -232,6 +232,7 @@ def evaluate(
             tally.add_protocols(prediction, scene)
             for piece, padding in geoseg_padding(scene.image, patch, options.get("window", 512)):
                 tally.add_padding(predict_classes(model, piece, **options)[0][padding])
+    tally = Tally.of_all(ranks.gather(tally))
     return tally.result() | ({"conventions": tally.conventions()} if protocols else {})
 
 
@@ -294,24 +295,24 @@ class Config:
 def main(arguments: list[str]) -> None:
     config = cli.parse(Config, arguments, __doc__.partition("\n")[0])
     keep_freed_memory()
-    device = pick_device(config.device)
+    ranks, device = Ranks.join(quiet=not config.images), pick_device(config.device)
     model = at_precision(load_transformer(config.checkpoint).to(device), config.precision)
-    if device.type == "cuda":
-        model.forward = ReplayedShapes(model.forward)
+    model.forward = replayed_on(device, model.forward)
     options = {"window": config.window, "overlap": config.overlap, "device": device}
     options |= {"batch": BatchSize.of(config.batch, device)}
     if config.images:
-        write_maps(model, config, options | {"tta": config.tta})
+        write_maps(model, config, options | {"tta": config.tta}, ranks)
     elif config.submission:
+        cli.require(ranks.count == 1, "--submission is one process's work: run it without torchrun")
         submit(model, config, options | {"tta": config.tta})
     else:
-        score(model, config, options)
+        score(model, config, options, ranks)
 
 
 # --- Maps ---------------------------------------------------------------------------------------
 
 
-def write_maps(model, config: Config, options: dict) -> None:
+def write_maps(model, config: Config, options: dict, ranks: Ranks) -> None:
     out = config.out or Path("maps")
     (name, times), *_ = Counter(path.stem for path in config.images).most_common(1)
     cli.require(times == 1, f"two images are called {name}: map them to different folders")
@@ -322,7 +323,7 @@ def write_maps(model, config: Config, options: dict) -> None:
         taken = "the images' bands are taken for these"
         print(f"{config.checkpoint} was trained on {model.about.bands}: {taken}")
     cli.make_folder(out)
-    for path in config.images:
+    for path in ranks.share_of(config.images):
         write_map(model, path, out, config.confidence, options)
 
 
@@ -359,8 +360,7 @@ def check_bands(model, config: Config, bands: int, what, transparency: bool = Fa
 
 def load_scenes(model, config: Config, split: str) -> Dataset:
     """The data set, if its classes and bands are those that the model knows."""
-    options = {"cache": config.cache, "max_unknown": config.max_unknown}
-    options["bands"] = model.about.bands
+    options = {"cache": config.cache, "max_unknown": config.max_unknown, "bands": model.about.bands}
     dataset = load(config.data, config.root, split, config.tiles, **options)
     if dataset.classes.names != model.about.classes.names:
         raise DataError(
@@ -372,7 +372,7 @@ def load_scenes(model, config: Config, split: str) -> Dataset:
     return dataset
 
 
-def score(model, config: Config, options: dict) -> None:
+def score(model, config: Config, options: dict, ranks: Ranks) -> None:
     """Print the scores, two tables with --tta; metrics.json has them all."""
     split = config.split or "val"
     dataset = load_scenes(model, config, split)
@@ -394,13 +394,13 @@ def score(model, config: Config, options: dict) -> None:
     for name in ("plain", "tta") if config.tta else ("plain",):
         settings = options | {"tta": name == "tta", "protocols": bool(config.protocol)}
         with Progress(f"{len(dataset.scenes)} scenes") as progress:
-            result = results[name] = evaluate(model, dataset, progress, **settings)
+            result = results[name] = evaluate(model, dataset, progress, ranks=ranks, **settings)
         if config.tta:
             print("\naveraged over eight orientations" if name == "tta" else "\none orientation")
         print(f"\n{table(result, dataset.classes)}")
         if config.protocol:
             print(f"\n{protocol_table(result, config.protocol)}")
-    if config.out:
+    if config.out and ranks.is_first:
         entry = {"checkpoint": str(config.checkpoint), "data": config.data, "split": split}
         entry |= {"window": config.window, "overlap": config.overlap}
         entry |= {"classes": list(dataset.classes.names), "scenes": len(dataset.scenes)} | results
@@ -433,4 +433,4 @@ def submit(model, config: Config, options: dict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, DataError, CheckpointError)
+    cli.run(main, DataError, CheckpointError, StalledError)

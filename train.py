@@ -2,12 +2,13 @@
 
     python train.py                                     # toy scenes, minutes on a CPU
     python train.py --data folder --root MY_DATA --out runs/mine
-    python train.py --data folder --root MY_DATA --out runs/mine --resume
+    python train.py --out runs/mine --resume            # config.json has the other options
+    torchrun --nproc-per-node 8 train.py ...            # eight GPUs, one batch (support/ranks.py)
 
 A run writes config.json, log.csv, metrics.json, curves.png, samples.png, story.png (who taught whom
-over training), last.pt (everything that is needed to go on) and best.pt (the Transformer alone, at
-its best validation mIoU: this is what people pass on). Ctrl-C and SIGTERM finish the step, save,
-and exit.
+over training), last.pt (all that it needs to go on), previous.pt (the one before) and best.pt (the
+Transformer alone, at its best validation mIoU: this is what people pass on). Ctrl-C and SIGTERM
+finish the step, save, and exit.
 
 The windows depend on the seed and the step alone, and there is no randomness in the model. So a
 run resumed on the same device ends, bit for bit, as one that was never stopped.
@@ -19,7 +20,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -32,13 +33,17 @@ from data import DATA_SETS, Dataset, Scene, Windows, default_rare_class_fraction
 from infer import About, evaluate, save_transformer
 from kernels import force, gate, upsample
 from kernels.distill import TRANSFERS
-from support import checkpoint, cli, diagnostics, machine, pictures
+from support import checkpoint, cli, diagnostics, machine, memory, pictures, resume
+from support.audit import require_trainable
+from support.gradients import DivergedError, require_finite
 from support.labels import MAX_UNKNOWN
-from support.layouts import BANDS, IGNORE
-from support.progress import Progress
+from support.layouts import BANDS
+from support.progress import Interval, LiveLine, Pace, Progress
 from support.protocols import table
+from support.ranks import ALONE, Ranks, StalledError
 from support.raster import DataError
-from support.replay import Replayed, ReplayedShapes
+from support.replay import Replayed, replayed_on
+from support.tensorboard import Board, find_writer
 
 
 @dataclass
@@ -55,7 +60,10 @@ class Config:
     )
     variant: Literal["tiny", "b0", "b1", "b2"] = cli.option("tiny", "size of both branches")
     steps: int = cli.option(1200, "optimiser steps")
-    batch: int = cli.option(8, "windows per step")
+    batch: int = cli.option(8, "windows per step, of all processes together")
+    accumulate: int = cli.option(
+        1, "parts in which a batch goes through the encoders: less memory, the same gradients"
+    )
     crop: int = cli.option(128, "side of a window in pixels, a multiple of 32")
     lr: float = cli.option(3e-3, "highest learning rate; warm-up, then cosine to zero")
     transfer: Literal[*TRANSFERS] = cli.option(
@@ -70,9 +78,11 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = cli.option("auto", "auto: bf16 on a GPU")
     compile: bool = cli.option(False, "by torch.compile: minutes at the start, then faster steps")
     device: Literal["auto", "cpu", "cuda"] = cli.option("auto", "where to train")
+    tensorboard: bool = cli.option(False, "write OUT/tensorboard too, where TensorBoard is")
 
     def __post_init__(self):
-        for name in ("steps", "batch", "crop", "lr", "validations"):  # the last step is validated
+        # The last step is always validated.
+        for name in ("steps", "batch", "accumulate", "crop", "lr", "validations"):
             value = getattr(self, name)
             cli.require(value > 0, f"{cli.flag(name)} must be positive; got {value}")
         cli.require(self.crop % 32 == 0, f"--crop must be a multiple of 32; got {self.crop}")
@@ -85,17 +95,18 @@ class Config:
             is_share = value is None or 0 <= value <= 1
             cli.require(is_share, f"{cli.flag(name)} is a share, 0 to 1; got {value}")
         cli.require(0 <= self.seed < 2**63, f"--seed must be at least 0; got {self.seed}")
+        if self.tensorboard:
+            find_writer()
 
     def saved(self) -> dict:
-        """As plain types. Where to run and whether to resume are not part of what was run."""
-        plain = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(self).items()}
-        plain |= {"train_tiles": list(self.train_tiles), "val_tiles": list(self.val_tiles)}
-        return {k: v for k, v in plain.items() if k not in ("out", "resume", "device", "cache")}
+        """What is run, as plain types: not where, and not whether it is resumed."""
+        return resume.what_is_run(self)
 
 
 # --- The run --------------------------------------------------------------------------------------
 
-REPORTS, REPORTS_PER_SAVE = 30, 5  # a run has at most 30 reports and saves 6 times
+REPORTS = 30  # a run has at most so many
+SECONDS_PER_SAVE = 600.0  # what a run that is killed loses at most
 
 
 class Run:
@@ -105,17 +116,20 @@ class Run:
     `shared_space` and `objective`: the controls of experiments/settings.py use the same loop.
     """
 
-    def __init__(self, config: Config, model: nn.Module, windows: Windows, val_set: Dataset):
-        self.config, self.windows, self.val_set = config, windows, val_set
+    def __init__(self, config: Config, model: nn.Module, windows: Windows, val_set, ranks=ALONE):
+        self.config, self.windows, self.val_set, self.ranks = config, windows, val_set, ranks
         self.device = machine.pick_device(config.device)
         self.model, on_gpu = model.to(self.device), self.device.type == "cuda"
         self.optimizer = make_optimizer(model, config.lr, on_gpu)
         bf16 = {"auto": on_gpu, "bf16": True, "fp32": False}[config.precision]
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        memory.encode_in_parts(model.branches.values(), config.accumulate)
+        ranks.share_batch(model)
         self.forward = torch.compile(self.loss) if config.compile else self.loss
-        self.one_update = Replayed(self.update) if on_gpu else self.update
+        self.one_update = Replayed(self.update, ranks.count == 1) if on_gpu else self.update
         torch.backends.cudnn.deterministic = True  # the same bits in every run
         self.norms: list[torch.Tensor] = []  # of gradients since the last check
+        self.history: list[Losses] = []  # of the steps since the last report
         self.log, self.best = [], {"miou": -1.0}  # reports; the deployed branch's best validation
         self.step, self.seconds = 0, 0.0  # done so far, over all resumptions
 
@@ -149,6 +163,7 @@ class Run:
             output, losses = self.forward(images.float(), labels, ramp)
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
+        self.ranks.average(p.grad for p in self.model.parameters() if p.grad is not None)
         norms = self.clip_gradients()
         skip = (~norms.isfinite().all()).float()  # on a CPU AdamW takes long to look: only if so
         self.optimizer.found_inf = skip if self.device.type == "cuda" or skip else None
@@ -174,14 +189,8 @@ class Run:
     def check_gradients(self) -> None:
         """DivergedError for the first step since the last call whose gradient was not finite."""
         recent, self.norms = self.norms, []
-        for step, norms in enumerate(recent, self.step - len(recent)):
-            for name, norm in zip(self.parts(), norms.tolist(), strict=True):
-                if not math.isfinite(norm):
-                    raise DivergedError(
-                        f"the gradient of the {name} is not finite at step {step} (windows "
-                        f"0..{self.config.batch - 1} of that step, seed {self.config.seed}); the "
-                        f"weights were left as they are in last.pt; try a lower --lr"
-                    )
+        what = f"windows 0..{self.config.batch - 1} of that step, seed {self.config.seed}"
+        require_finite(recent, [*self.parts()], self.step - len(recent), what)
 
     def learning_rate(self) -> float:
         """Linear warm-up over a twentieth of the run, then cosine to zero."""
@@ -194,55 +203,71 @@ class Run:
     # --- The loop ---
 
     def fit(self) -> None:
-        """Train from self.step to the end; report, validate, save. A stop signal saves first."""
-        steps = self.config.steps
-        report_every = math.ceil(steps / REPORTS)  # up: no report covers only a few steps
-        save_every = report_every * REPORTS_PER_SAVE  # multiples, so that a report is at hand
-        validate_every = report_every * max(1, REPORTS // self.config.validations)
+        """Train from self.step to the end; report, validate, save. A stop signal saves first.
+
+        Reports and validations go by steps, so a resumed run has the log of a whole one. The live
+        line goes by time, and so do saves between validations.
+        """
+        c, before = self.config, self.seconds
+        report_every = math.ceil(c.steps / REPORTS)  # up: no report covers only a few steps
+        validate_every = report_every * max(1, REPORTS // c.validations)
+        validations = math.ceil(c.steps / validate_every) - self.step // validate_every
+        guess = diagnostics.steps_per_validation(self.val_set.scenes, c.batch * c.crop**2)
+        pace = Pace(c.steps - self.step, validations, guess / self.ranks.count)
         threads = 1 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
-        history, waited, before, first = [], 0.0, self.seconds, self.step
-        begin = since = time.perf_counter()
+        batches = prefetch(self.windows, range(self.step, c.steps), threads)
+        board = Board(c.out / "tensorboard", self.step) if c.tensorboard else None
+        begin = saved = time.perf_counter()
         print(diagnostics.LEGEND)
-        with cli.StopSignal() as stop:
-            for _, images, labels, wait in prefetch(self.windows, range(first, steps), threads):
-                history.append(self.train_step(images, labels))
-                waited += wait
-                done = self.step == steps
-                if (report := self.step % report_every == 0 or done) or stop.received:
-                    self.check_gradients()
+        with cli.StopSignal(self.ranks.count > 1) as stop, LiveLine() as live:
+            for _, images, labels, waited in batches:
+                losses = self.train_step(images, labels)
+                self.history.append(losses)
+                pace.step(waited)
+                done = self.step == c.steps
+                report = self.step % report_every == 0 or done
+                validate = self.step % validate_every == 0 or done
                 if report:
-                    now = time.perf_counter()
-                    row = self.report(history, waited, now - since)
-                    left = (now - begin) / (self.step - first) * (steps - self.step)
-                    print(diagnostics.line(row, steps, left), flush=True)
-                    history, waited = [], 0.0
-                self.seconds = before + time.perf_counter() - begin
-                if self.step % validate_every == 0 or done:
+                    live.clear()
+                    row = self.report(pace.report())
+                    print(diagnostics.line(row, c.steps, pace.seconds_left()), flush=True)
+                if validate:
                     self.validate()
-                if self.step % save_every == 0 or done:
+                    pace.validation()
+                if report and board:
+                    board.add(self.log[-1])
+                now = time.perf_counter()
+                self.seconds = before + now - begin
+                stopped = self.ranks.agree(stop.received)
+                if validate or stopped or now - saved > SECONDS_PER_SAVE:
                     self.save()
-                if report:
-                    since = time.perf_counter()
-                if stop.received and not done:
-                    self.save()
+                    saved = now
+                if stopped and not done:
+                    self.ranks.agree(0)  # that rank 0 has saved
                     print(f"interrupted: saved at step {self.step}; add --resume to go on")
-                    sys.exit(128 + stop.received)
+                    sys.exit(128 + stopped)
+                if live.is_due():
+                    live.show(diagnostics.live_line(self.step, c.steps, losses, pace))
 
     @torch.no_grad()
-    def report(self, history: list[Losses], waited: float, seconds: float) -> dict:
-        """One row of the log: means since the last one."""
-        terms = torch.stack([torch.stack(losses) for losses in history]).mean(0)
+    def report(self, since: Interval) -> dict:
+        """One row of the log: means of the steps since the last one."""
+        self.check_gradients()
+        terms = torch.stack([torch.stack([*losses]) for losses in self.history]).mean(0)
+        self.history = []
         row = {"step": self.step} | dict(zip(Losses._fields, terms.tolist(), strict=True))
         row |= {"ramp": ramp_up(self.step, self.config.steps), "lr": self.learning_rate()}
-        row["images_per_s"] = len(history) * self.config.batch / seconds
-        row["data_wait"] = waited / seconds
+        row["images_per_s"] = since.steps * self.config.batch / since.seconds
+        row["data_wait"] = since.waited / since.seconds
+        K = len(self.val_set.classes.names)
         if isinstance(self.model, CTCLM):
             with self.autocast:
                 projections = self.model.shared_space(self.last_output)
             seen = opinions(self.last_output, self.last_labels.to(self.device))
-            row |= diagnostics.statistics(*seen, len(self.val_set.classes.names))
+            row |= diagnostics.statistics(*seen, K)
             row |= diagnostics.shared_space_statistics(projections)
-        row |= {"transformer_val_miou": None, "cnn_val_miou": None}
+        for name in ("transformer", "cnn"):
+            row |= diagnostics.score_columns(name, None, [None] * K)  # until `validate`
         self.log.append(row)
         return row
 
@@ -250,57 +275,47 @@ class Run:
         """Score the branches on whole validation scenes; keep the Transformer if it is better."""
         scores = self.evaluate(self.val_set)
         for name, result in scores.items():
-            self.log[-1][f"{name}_val_miou"] = result["miou"]
+            self.log[-1] |= diagnostics.score_columns(name, result["miou"], result["iou"])
         deployed, *others = scores
         is_best = scores[deployed]["miou"] > self.best["miou"]
-        shown = (f"{name} {100 * result['miou']:.1f} %" for name, result in scores.items())
-        best = ", the best so far" if is_best else ""
-        print(f"      validation mIoU: {', '.join(shown)}{best}", flush=True)
+        shown = [f"{name} {100 * result['miou']:.1f} %" for name, result in scores.items()]
+        shown += ["the best so far"] * is_best
+        print(f"      validation mIoU: {', '.join(shown)}", flush=True)
         if is_best:
             self.best = scores[deployed] | {"step": self.step} | {k: scores[k] for k in others}
-            if deployed == "transformer":
-                data, (classes, _, _, bands) = self.config.data, self.val_set
-                about = About(classes, data, bands, self.step, self.best["miou"])
-                save_transformer(self.model, self.config.out / "best.pt", about)
+        if not self.ranks.is_first:
+            return
+        if is_best and deployed == "transformer":
+            data, (classes, _, _, bands) = self.config.data, self.val_set
+            about = About(classes, data, bands, self.step, self.best["miou"])
+            save_transformer(self.model, self.config.out / "best.pt", about)
+        self.draw()
 
     def evaluate(self, dataset: Dataset) -> dict[str, dict]:
         """The scores of each branch as it is now, on whole scenes, in float32."""
         self.model.eval()
         scores = {}
+        options = {"device": self.device, "ranks": self.ranks}
         for name, branch in self.model.branches.items():
-            if self.device.type == "cuda":
-                branch = ReplayedShapes(branch)
+            branch = replayed_on(self.device, branch)
             with Progress(f"scoring the {name}") as progress:
-                scores[name] = evaluate(branch, dataset, progress, device=self.device)
+                scores[name] = evaluate(branch, dataset, progress, **options)
         self.model.train()
         return scores
 
-    # --- Before and after ---
-
     def save(self) -> None:
-        state = {
-            "kind": "ctclm-training",
-            "config": self.config.saved(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "log": self.log,
-            "best": self.best,
-            "seconds": self.seconds,
-        }
-        checkpoint.save(state, self.config.out / "last.pt")
-        checkpoint.save_csv(self.log, self.log[0] if self.log else [], self.config.out / "log.csv")
+        """last.pt (what was last.pt is previous.pt), log.csv."""
+        self.check_gradients()
+        if self.ranks.is_first:
+            out, columns = self.config.out, self.log[0] if self.log else []
+            checkpoint.save_newest(resume.state_of(self), out)
+            checkpoint.save_csv(self.log, columns, out / "log.csv")
 
     def restore(self) -> None:
-        """Go on where last.pt was written; raises UsageError when it was with other options."""
-        out, state = self.config.out, checkpoint.read(self.config.out / "last.pt", "ctclm-training")
-        cli.require_same(self.config.saved(), state["config"], f"{out}: was started", "resume it")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["capturable"] = self.device.type == "cuda"  # now, not where it was saved
-        self.step, self.log, self.best = state["step"], state["log"], state["best"]
-        self.seconds = state["seconds"]
+        """Go on where the run was last saved; raises UsageError when it was with other options."""
+        state = self.ranks.from_first(lambda: checkpoint.read_newest(self.config.out))
+        if state:  # else it was stopped before it was saved for the first time
+            resume.put_back(self, state)
 
     def cost(self) -> dict:
         """Parameters and multiply-adds of what is trained and of what is deployed."""
@@ -308,32 +323,33 @@ class Run:
         with force("pytorch"):  # the counter does not know our kernels
             return diagnostics.cost(self.model, shape)
 
+    def draw(self) -> None:
+        """curves.png, story.png, samples.png: the run so far."""
+        classes, is_ctclm = self.val_set.classes, isinstance(self.model, CTCLM)
+        drawn = diagnostics.pictures_of(self.log, classes if is_ctclm else None)
+        if is_ctclm and (rows := samples(self.model, self.val_set.scenes)):
+            drawn["samples"] = pictures.samples(rows, classes)
+        for name, picture in drawn.items():
+            checkpoint.save_picture(picture, self.config.out / f"{name}.png")
+
     def finish(self) -> None:
-        """metrics.json, curves.png, story.png, samples.png."""
-        out, classes, about = self.config.out, self.val_set.classes, machine.describe(self.device)
+        """metrics.json."""
         entry = {"validation": {k: v for k, v in self.best.items() if k != "cnn"}}
         entry |= {"cnn_validation": self.best.get("cnn"), "cost": self.cost()}
-        entry |= {"training_seconds": round(self.seconds, 1), "machine": about}
-        checkpoint.save_json(entry, out / "metrics.json")
-        log = diagnostics.in_per_cent(self.log)
-        pictures.curves(log, diagnostics.training_panels(log)).save(out / "curves.png")
-        if isinstance(self.model, CTCLM):
-            panels = diagnostics.teaching_panels(log, classes)
-            pictures.curves(diagnostics.smooth(log), panels).save(out / "story.png")
-            if rows := samples(self.model, self.val_set.scenes):
-                pictures.samples(rows, classes).save(out / "samples.png")
-
-
-class DivergedError(ArithmeticError):
-    """Training cannot go on; the message says where and what to try."""
+        entry |= {"training_seconds": round(self.seconds, 1)}
+        entry |= {"peak_memory_bytes": memory.peak_bytes(self.device)}
+        entry |= {"machine": machine.describe(self.device)}
+        if self.ranks.is_first:
+            checkpoint.save_json(entry, self.config.out / "metrics.json")
 
 
 # --- Its parts ------------------------------------------------------------------------------------
 
 
-def prepare(config: Config) -> Run:
+def prepare(config: Config, ranks: Ranks = ALONE) -> Run:
     """The run that the options describe: folder, data, model, and what a resumed one has done."""
-    checkpoint.prepare_folder(config.out, config.resume)
+    ranks.share_of_batch(config.batch)  # or a UsageError, before anything is made
+    ranks.from_first(lambda: checkpoint.prepare_folder(config.out, config.resume))
     train_set, val_set = load_data(config)
     torch.manual_seed(config.seed)
     model = CTCLM(
@@ -346,7 +362,7 @@ def prepare(config: Config) -> Run:
             align=config.align == "on",
         )
     )
-    run = Run(config, model, make_windows(config, train_set.scenes), val_set)
+    run = Run(config, model, make_windows(config, train_set.scenes, ranks=ranks), val_set, ranks)
     if config.resume:
         run.restore()
     return run
@@ -359,28 +375,16 @@ def load_data(config: Config) -> tuple[Dataset, Dataset]:
     train_set = load(config.data, config.root, "train", config.train_tiles, bands=bands, **options)
     bands = train_set.bands
     val_set = load(config.data, config.root, "val", config.val_tiles, bands=bands, **options)
-    both = {s.path for s in train_set.scenes} & {s.path for s in val_set.scenes}
-    if both - {None}:  # toy scenes have no file
-        raise DataError(
-            f"{sorted(both)[0]}: is in the training and in the validation set; "
-            f"choose with --train-tiles and --val-tiles"
-        )
-    for split, dataset in (("train", train_set), ("val", val_set)):
-        labels = [scene.label for scene in dataset.scenes]
-        if not any(label is not None and (label != IGNORE).any() for label in labels):
-            raise DataError(f"{config.root}: no pixel of the {split} split has a label")
-        pixels = sum(label.size for label in labels)
-        print(f"{split}: {len(labels)} scenes, {pixels / 1e6:.1f} million pixels")
-        for note in dataset.notes:
-            print(f"  note: {note}")
+    require_trainable(train_set, val_set, config.root)
     return train_set, val_set
 
 
-def make_windows(config: Config, scenes: list[Scene], augment: bool = True) -> Windows:
+def make_windows(config: Config, scenes: list[Scene], augment=True, ranks=ALONE) -> Windows:
+    """Of this process: its share of the batch."""
     fraction = config.rare_class_fraction
     if fraction is None:
         fraction = default_rare_class_fraction(scenes)
-    size = (config.crop, config.batch, config.seed)
+    size = (config.crop, ranks.share_of_batch(config.batch), config.seed, ranks.rank)
     return Windows(scenes, *size, rare_class_fraction=fraction, augment=augment)
 
 
@@ -393,9 +397,6 @@ def make_optimizer(model: nn.Module, lr: float, capturable: bool) -> torch.optim
     return torch.optim.AdamW(groups, lr=lr, fused=True, capturable=capturable)
 
 
-# --- What is shown --------------------------------------------------------------------------------
-
-
 def opinions(output, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Classes of the CNN and of the Transformer, the gate, and labels, (B, H, W) each."""
     logits = output.cnn_logits.float(), output.transformer_logits.float()
@@ -405,46 +406,42 @@ def opinions(output, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @torch.no_grad()
-def samples(
-    model: CTCLM, scenes: list[Scene], rows: int = 3, side: int = 256
-) -> list[pictures.Sample]:
+def samples(model: CTCLM, scenes: list[Scene]) -> list[pictures.Sample]:
     """The middle of some scenes, seen by both branches as they are now."""
     model.eval()
     device, found = next(model.parameters()).device, []
-    large_enough = [s for s in scenes if min(s.label.shape) >= SMALLEST_IMAGE]
-    for scene in large_enough[:rows]:
-        H, W = (min(side, length) // 32 * 32 for length in scene.label.shape)
-        top, left = (scene.label.shape[0] - H) // 2, (scene.label.shape[1] - W) // 2
-        image = scene.image[top : top + H, left : left + W]
+    for image, label in pictures.middles(scenes, SMALLEST_IMAGE):
         images = torch.tensor(image).to(device).permute(2, 0, 1)[None].float()
-        labels = torch.tensor(scene.label[top : top + H, left : left + W])[None].to(device)
-        seen = [x[0].cpu().numpy() for x in opinions(model(images), labels)]
-        cnn, transformer, r, truth = seen
+        seen = opinions(model(images), torch.tensor(label)[None].to(device))
+        cnn, transformer, r, truth = (x[0].cpu().numpy() for x in seen)
         found.append(pictures.Sample(image, truth, cnn, transformer, r))
     model.train()
     return found
 
 
 def main(arguments: list[str]) -> None:
-    config = cli.parse(Config, arguments, __doc__.partition("\n")[0])
     machine.keep_freed_memory()
-    run = prepare(config)
-    checkpoint.save_json(config.saved(), config.out / "config.json")
-    classes, windows = run.val_set.classes, run.windows
+    ranks = Ranks.join()
+    config = ranks.from_first(lambda: resume.parse(Config, arguments, __doc__.partition("\n")[0]))
+    run = prepare(config, ranks)
+    classes, windows, out = run.val_set.classes, run.windows, config.out
     if rare := [classes.names[pixels.k] for pixels in windows.rare_classes]:
         share = f"{windows.rare_class_fraction:.0%}"
         print(f"{share} of windows are drawn around rare classes: {', '.join(rare)}")
     print(diagnostics.cost_lines(run.cost(), config.crop))
+    ranks.from_first(lambda: checkpoint.save_json(resume.options(config), out / "config.json"))
     try:
         run.fit()
     except DivergedError as error:
         sys.exit(f"train.py: {error}")
+    except RuntimeError as error:
+        raise memory.explained(error, run) from None
     run.finish()
     step = run.best["step"]
     print(f"\nthe Transformer was best at step {step}; on validation it scores, in %:\n")
     print(table(run.best, classes))
-    print(f"\n{config.out}: {', '.join(sorted(path.name for path in config.out.iterdir()))}")
+    print(f"\n{out}: {', '.join(sorted(path.name for path in out.glob('*')))}")
 
 
 if __name__ == "__main__":
-    cli.run(main, DataError, checkpoint.CheckpointError)
+    cli.run(main, DataError, checkpoint.CheckpointError, StalledError)

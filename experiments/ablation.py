@@ -39,10 +39,11 @@ from experiments.settings import SETTINGS, Ensemble
 from experiments.table import T_QUANTILES, difference_rows, markdown, read_scores, write_scores
 from infer import predict_classes
 from support import checkpoint, cli, machine, metrics, pictures
+from support.gradients import DivergedError
 from support.layouts import IGNORE
 from support.progress import duration
 from support.raster import DataError
-from support.replay import ReplayedShapes
+from support.replay import replayed_on
 
 
 @dataclass
@@ -247,8 +248,7 @@ def write_maps(branches: dict[str, nn.Module], splits: dict[str, Dataset], path:
     maps = {}
     for branch, model in branches.items():
         device = next(model.parameters()).device
-        model = model.eval()
-        model = ReplayedShapes(model) if device.type == "cuda" else model
+        model = replayed_on(device, model.eval())
         for split, dataset in splits.items():
             for index, scene in enumerate(dataset.scenes):
                 found, _ = predict_classes(model, scene.image, device=device)
@@ -426,4 +426,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, DataError, checkpoint.CheckpointError, train.DivergedError)
+    cli.run(main, DataError, checkpoint.CheckpointError, DivergedError)

@@ -36,7 +36,7 @@ from experiments.timing import Rates, Table, attempt, release, step_median
 from support import diagnostics, toy
 from support.layouts import POTSDAM
 from support.machine import pick_device
-from support.replay import ReplayedShapes
+from support.replay import replayed_on
 from train import Config, Run
 
 GPU_STEPS = [("b0", 16, 512), ("b2", 16, 512)]  # variant, B, side of the images
@@ -170,8 +170,8 @@ def bench_inference(table: Table, variant: str, sizes, on_gpu: bool, with_peer: 
 
 def deployed(variant: str, precision: str, replayed: bool = True) -> nn.Module:
     model = infer.at_precision(Transformer(VARIANTS[variant], K, 3), precision)
-    if replayed and model.normalise.mean.is_cuda:
-        model.forward = ReplayedShapes(model.forward)
+    if replayed:
+        model.forward = replayed_on(model.normalise.mean.device, model.forward)
     return model
 
 

@@ -275,6 +275,27 @@ def swapped_images(rows: list[TileAudit], bands: str) -> list[str]:
     return [f"{rows[0].tile.image.parent}: the first and third band look swapped: {what}"]
 
 
+# --- Before training ----------------------------------------------------------------------------
+
+
+def require_trainable(train_set, val_set, root: Path | None) -> None:
+    """DataError where training on two data.Datasets would be wrong; else says what they are."""
+    both = {s.path for s in train_set.scenes} & {s.path for s in val_set.scenes}
+    if both - {None}:  # toy scenes have no file
+        raise DataError(
+            f"{sorted(both)[0]}: is in the training and in the validation set; "
+            f"choose with --train-tiles and --val-tiles"
+        )
+    for split, dataset in (("train", train_set), ("val", val_set)):
+        labels = [scene.label for scene in dataset.scenes]
+        if not any(label is not None and (label != IGNORE).any() for label in labels):
+            raise DataError(f"{root}: no pixel of the {split} split has a label")
+        pixels = sum(label.size for label in labels)
+        print(f"{split}: {len(labels)} scenes, {pixels / 1e6:.1f} million pixels")
+        for note in dataset.notes:
+            print(f"  note: {note}")
+
+
 # --- The report ---------------------------------------------------------------------------------
 
 

@@ -1,36 +1,51 @@
 """Checkpoints: written completely or not at all, and checked before they are used.
 
-    checkpoint.save({"kind": "ctclm-training", "model": state, ...}, path)
-    contents = checkpoint.read(path, "ctclm-training")
+    checkpoint.save({"kind": "ctclm-transformer", "model": state, ...}, path)
+    contents = checkpoint.read(path, "ctclm-transformer")
+    checkpoint.save_newest({"kind": "ctclm-training", "step": 9, ...}, folder)      # of a run
+    contents = checkpoint.read_newest(folder)
 
 `torch.save` straight to the final name leaves half a file when the process is killed or the disk
-fills up. Here the bytes go to a temporary file. Once they are on the disk it is renamed.
+fills up. Here the bytes go to a temporary file. Once they are on the disk it is renamed. A run
+keeps its last two checkpoints, for a disk can damage a file that was written completely.
 """
 
 import csv
+import errno
 import json
 import os
 import pickle
+import re
+import shutil
+import sys
 import zipfile
+import zlib
 from contextlib import contextmanager
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from support.cli import require
+
+NEWEST, BEFORE = "last.pt", "previous.pt"  # a run's two checkpoints
 
 
 class CheckpointError(ValueError):
     """The file is missing, damaged, or not what was asked for; the message names it."""
 
 
+# --- Writing --------------------------------------------------------------------------------------
+
+
 @contextmanager
-def atomic_write(path: Path):
+def atomic_write(path: Path, before: Path | None = None):
     """A file, open for writing, that gets the name `path` when the block ends without exception.
 
     Until then it is a temporary file beside `path`. So `path` is always either the complete old
-    file or the complete new one, also after an interruption.
+    file or the complete new one, also after an interruption. With `before` the old file is kept
+    under that name.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -39,6 +54,8 @@ def atomic_write(path: Path):
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if before and path.exists():
+            os.replace(path, before)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -48,16 +65,52 @@ def atomic_write(path: Path):
         os.close(folder)
 
 
-def save(contents: dict, path: Path) -> None:
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, a quota, ulimit -f
+
+
+def write(data: bytes, path: Path, before: Path | None = None) -> None:
+    """All of `data` or nothing. CheckpointError says how much a full disk lacks."""
+    try:
+        with atomic_write(path, before) as file:
+            file.write(data)
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        needed, free = len(data), shutil.disk_usage(Path(path).parent).free
+        missing = f"{megabytes(needed - free)} are missing" if needed > free else "a limit is lower"
+        raise CheckpointError(
+            f"{path}: {error.strerror}: it takes {megabytes(needed)}, and {missing}; "
+            f"make room and go on; what was there before is complete"
+        ) from None
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def save(contents: dict, path: Path, before: Path | None = None) -> None:
     """Write `contents` (plain types and tensors); an interruption leaves the old file."""
-    with atomic_write(path) as file:
-        torch.save(contents, file)
+    buffer = BytesIO()  # so that the size is known
+    torch.save(contents, buffer)
+    write(sealed(buffer.getvalue()), path, before)
+
+
+def sealed(archive: bytes) -> bytes:
+    """The zip with a checksum of all its bytes as its comment. Those that a zip has anyway are of
+    the contents alone: PyTorch reads on, elsewhere, where a bit of the directory has flipped."""
+    comment = b"crc32 %08x" % zlib.crc32(archive)
+    return archive[:-2] + len(comment).to_bytes(2, "little") + comment
+
+
+def seal_holds(data: bytes) -> bool:
+    """False if one of the bytes has changed since `sealed`; True for a file without a checksum."""
+    found = re.fullmatch(rb"crc32 ([0-9a-f]{8})", data[-14:])
+    return not found or zlib.crc32(b"\0\0", zlib.crc32(data[:-16])) == int(found[1], 16)
 
 
 def save_json(entry: dict, path: Path) -> None:
     """Write plain types as a file that people can read, as safely as `save`."""
-    with atomic_write(path) as file:
-        file.write((json.dumps(entry, indent=1) + "\n").encode())
+    write((json.dumps(entry, indent=1) + "\n").encode(), path)
 
 
 def save_csv(rows: list[dict], columns, path: Path) -> None:
@@ -66,19 +119,80 @@ def save_csv(rows: list[dict], columns, path: Path) -> None:
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+    write(text.getvalue().encode(), path)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """A PNG, as safely as `save`."""
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    write(buffer.getbuffer(), path)
+
+
+# --- A run's folder -------------------------------------------------------------------------------
 
 
 def prepare_folder(out: Path, resume: bool) -> None:
     """Make a run's folder. UsageError where there is a run already, or none to resume."""
+    if out.is_dir():
+        for abandoned in out.glob(".*.tmp"):  # by a process that was killed while it wrote
+            abandoned.unlink()
     if resume:
-        last = out / "last.pt"
-        require(last.exists(), f"{last}: no such file, so there is nothing to resume")
+        require_run(out)
     elif out.exists():
         is_new = out.is_dir() and {p.name for p in out.iterdir()} <= {"cache"}
         require(is_new, f"{out}: is not empty; continue it with --resume or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
+
+
+def require_run(out: Path) -> None:
+    """UsageError unless a run was started in the folder."""
+    started = any((out / name).exists() for name in ("config.json", NEWEST, BEFORE))
+    require(started, f"{out}: has no config.json, so there is nothing to resume")
+
+
+def read_options(out: Path) -> dict:
+    """What a run was started with: its config.json. Empty where somebody deleted that."""
+    require_run(out)
+    if not (out / "config.json").exists():
+        return {}
+    try:
+        return dict(json.loads((out / "config.json").read_text()))
+    except (ValueError, TypeError):
+        raise CheckpointError(
+            f"{out / 'config.json'}: is damaged; delete it and give all of the run's options"
+        ) from None
+
+
+def save_newest(contents: dict, out: Path) -> None:
+    """A run's checkpoint; the one before it is kept."""
+    save(contents, out / NEWEST, out / BEFORE)
+
+
+def read_newest(out: Path) -> dict | None:
+    """A run's last checkpoint; None if it was stopped before the first, which stdout says.
+
+    Where it is damaged, stderr says so and the one before it is taken. CheckpointError where that
+    is damaged too.
+    """
+    if not (out / NEWEST).exists() and not (out / BEFORE).exists():
+        print(f"{out}: was stopped before it was saved for the first time, so it starts again")
+        return None
+    faults = []
+    for path in (out / NEWEST, out / BEFORE):
+        try:
+            contents = read(path, "ctclm-training")
+        except CheckpointError as error:
+            faults.append(str(error))
+            continue
+        if faults:
+            going_on = f"going on from {path.name}, step {contents['step']}"
+            print(f"  note: {faults[0]}; {going_on}", file=sys.stderr)
+        return contents
+    raise CheckpointError(f"{faults[0]}; {faults[1]}; start again with another --out")
+
+
+# --- Reading --------------------------------------------------------------------------------------
 
 
 def read(path: Path, kind: str) -> dict:
@@ -90,11 +204,14 @@ def read(path: Path, kind: str) -> dict:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
+    data = path.read_bytes()
+    if not seal_holds(data):
+        raise CheckpointError(f"{path}: damaged (its checksum does not match)")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(BytesIO(data)) as archive:
             damaged = archive.testzip()  # torch.load does not check the checksums
-        contents = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, EOFError):
+        contents = None if damaged else torch.load(BytesIO(data), "cpu", weights_only=True)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError):
         raise CheckpointError(f"{path}: not a checkpoint (or a truncated one)") from None
     except (pickle.UnpicklingError, RuntimeError):
         raise CheckpointError(f"{path}: not a checkpoint of this project") from None

@@ -60,42 +60,79 @@ class OneSentenceParser(argparse.ArgumentParser):
 
 def parse(config_class, arguments: list[str], description: str = ""):
     """Command line -> an instance of `config_class`. Bad options: one sentence, exit code 2."""
+    return config_class(**given(config_class, arguments, description))
+
+
+def given(config_class, arguments: list[str], description: str = "") -> dict:
+    """The fields that the command line names, with their values."""
     parser = OneSentenceParser(description=description, allow_abbrev=False)
     types = get_type_hints(config_class)
     for f in fields(config_class):
         kind, settings = types[f.name], {"help": f.metadata["help"]}
-        default = f.default
         name = f.name if f.metadata["positional"] else flag(f.name)
+        if f.default is not False and f.default not in (None, "", ()):
+            settings["help"] += f" ({f.default})"
         if get_origin(kind) is Literal:
-            settings |= {"choices": get_args(kind), "default": default}
+            settings |= {"choices": get_args(kind)}
         elif get_origin(kind) is tuple:
-            settings |= {"nargs": "*", "type": get_args(kind)[0], "default": default}
-            settings |= {"metavar": f.name.upper()}
+            settings |= {"nargs": "*", "type": get_args(kind)[0], "metavar": f.name.upper()}
         elif kind is bool:
             settings |= {"action": "store_true"}
         else:
-            settings |= {"type": kind, "default": default, "metavar": kind.__name__.upper()}
-        if settings.get("default") not in (None, "", [], ()):
-            settings["help"] += " (%(default)s)"
+            settings |= {"type": kind, "metavar": kind.__name__.upper()}
         if f.metadata["positional"]:
             settings["metavar"] = f.name.upper()
-        parser.add_argument(name, **settings)
-    given = vars(parser.parse_intermixed_args(arguments))
-    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        parser.add_argument(name, default=argparse.SUPPRESS, **settings)
+    named = vars(parser.parse_intermixed_args(arguments))
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}
 
 
-def require_same(options: dict, before: dict, what: str, go_on: str) -> None:
-    """UsageError unless `before` has these options: "{what} with --lr 1, not 2; {go_on} with ..."""
+# --- Options as they are saved --------------------------------------------------------------------
+
+
+def as_plain(config) -> dict:
+    """A config as types that JSON has: paths are texts, tuples are lists."""
+    plain = {Path: str, tuple: list}
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    return {
+        name: next((to(v) for kind, to in plain.items() if isinstance(v, kind)), v)
+        for name, v in values.items()
+    }
+
+
+def from_plain(config_class, plain: dict, what: str) -> dict:
+    """The fields that `as_plain` saved, with their types. UsageError for one that is unknown."""
+    types, found = get_type_hints(config_class), {}
+    for name, value in plain.items():
+        require(name in types, f"{what} by a version with {flag(name)}; take that version")
+        if value is not None and types[name] is Path:
+            value = Path(value)
+        found[name] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def require_same(
+    options: dict, before: dict, what: str, go_on: str, may_change: tuple[str, ...] = ()
+) -> None:
+    """UsageError unless `before` has these options: "{what} with --lr 1, not 2; {go_on} with ...".
+
+    Those in `may_change` may differ or be missing."""
+    others = f" (only {', '.join(map(flag, may_change))} may change)" if may_change else ""
     for key, value in options.items():
+        if key in may_change:
+            continue
         require(
             key in before,
             f"{what} by a version without {flag(key)}; {go_on} with that version",
         )
         require(
             before[key] == value,
-            f"{what} with {flag(key)} {before[key]}, not {value}; {go_on} with the same options",
+            f"{what} with {flag(key)} {before[key]}, not {value}; {go_on} with the same options"
+            f"{others}",
         )
 
+
+# --- How a program ends ---------------------------------------------------------------------------
 
 # The outside world's failures that a sentence explains better than a traceback.
 ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
@@ -121,9 +158,15 @@ def run(main, *user_errors: type[Exception]) -> None:
 
 
 class StopSignal:
-    """Remembers SIGINT or SIGTERM so that the step can end; a second one acts at once."""
+    """Remembers SIGINT or SIGTERM so that the step can end; a second one acts at once.
+
+    Unless `patient`: torchrun hands a signal on to all of its processes, and then sends another.
+    """
 
     received = 0
+
+    def __init__(self, patient: bool = False):
+        self.patient = patient
 
     def __enter__(self):
         numbers = (signal.SIGINT, signal.SIGTERM)
@@ -136,5 +179,7 @@ class StopSignal:
 
     def receive(self, number, _frame):
         self.received = number
+        if self.patient:
+            return
         signal.signal(number, signal.SIG_DFL)
         print("\nfinishing this step, then saving (once more to quit at once)", file=sys.stderr)

@@ -1,8 +1,7 @@
 """Who teaches whom, and what becomes of the shared space: the statistics that tell the story.
 
     row |= statistics(cnn, transformer, gate, labels) | shared_space_statistics(projections)
-    pictures.curves(smooth(log), teaching_panels(log, classes)).save("story.png")
-    pictures.curves(log, training_panels(log)).save("curves.png")
+    pictures_of(log, classes)["story"].save("story.png")
 
 The statistics are of the windows of one step, so single values are noisy. story.png shows means of
 five reports. Letters: B batch, D shared dimension, H W pixels, K classes.
@@ -10,6 +9,7 @@ five reports. Letters: B batch, D shared dimension, H W pixels, K classes.
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from support import pictures
 from support.layouts import IGNORE, Classes
 from support.metrics import erode
-from support.progress import duration
+from support.progress import Pace, duration
 
 # Distances to a boundary in pixels, (from, to]; the last one is everything further inside.
 NEAR, MIDDLE = 3, 8
@@ -90,6 +90,12 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     return ((x @ y.T).square().sum() / norms.clamp(min=1e-12)).item()
 
 
+def score_columns(branch: str, miou: float | None, ious: list[float | None]) -> dict:
+    """Columns of the log: a branch's scores on the validation scenes, of class k in *_iou_k."""
+    columns = {f"{branch}_val_iou_{k}": iou for k, iou in enumerate(ious)}
+    return {f"{branch}_val_miou": miou} | columns
+
+
 # --- What is printed ------------------------------------------------------------------------------
 
 
@@ -150,11 +156,36 @@ def line(row: dict, steps: int, seconds_left: float) -> str:
     )
 
 
+def steps_per_validation(scenes, pixels: int) -> float:
+    """How many steps of so many pixels take as long as predicting the scenes, roughly.
+
+    To predict a pixel takes a third of learning from it, and windows overlap by a quarter."""
+    area = sum(scene.image.shape[0] * scene.image.shape[1] for scene in scenes)
+    return area / 0.75**2 / 3 / pixels
+
+
+def live_line(step: int, steps: int, losses, pace: Pace) -> str:
+    """Between two reports: the loss of the last step."""
+    return (
+        f"{step:5d}/{steps}  total {losses.total.item():.2f}  "
+        f"{1 / pace.step_seconds():.1f} steps/s  {duration(pace.seconds_left())} left"
+    )
+
+
 # --- What is drawn --------------------------------------------------------------------------------
 
 T, C, INK = pictures.TRANSFORMER_COLOUR, pictures.CNN_COLOUR, (40, 40, 40)
 STAGE_COLOURS = [INK, (100, 60, 160), (20, 140, 90), (200, 50, 60)]
 Line = pictures.Line
+
+
+def pictures_of(log: list[dict], classes: Classes | None) -> dict[str, Image.Image]:
+    """curves, and with `classes` the story of who teaches whom, which a branch alone has not."""
+    log = in_per_cent(log)
+    drawn = {"curves": pictures.curves(log, training_panels(log))}
+    if classes:
+        drawn["story"] = pictures.curves(smooth(log), teaching_panels(log, classes))
+    return drawn
 
 
 def in_per_cent(log: list[dict]) -> list[dict]:

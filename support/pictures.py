@@ -100,6 +100,19 @@ class Sample(NamedTuple):
     gate: np.ndarray  # (H, W) float; 1: the CNN teaches, 0: the Transformer teaches, NaN: ignored
 
 
+def middles(scenes, smallest: int, rows: int = 3, side: int = 256) -> list[tuple]:
+    """(image (H, W, C), label (H, W)) of the middle of the first scenes of at least `smallest`.
+
+    H and W are multiples of 32, up to `side`."""
+    found = []
+    for scene in [s for s in scenes if min(s.label.shape) >= smallest][:rows]:
+        H, W = (min(side, length) // 32 * 32 for length in scene.label.shape)
+        top, left = (scene.label.shape[0] - H) // 2, (scene.label.shape[1] - W) // 2
+        area = np.s_[top : top + H, left : left + W]
+        found.append((scene.image[area], scene.label[area]))
+    return found
+
+
 def samples(rows: list[Sample], classes: Classes) -> Image.Image:
     """Per sample: image, truth, both branches' maps, who teaches, the Transformer's errors."""
 

@@ -76,6 +76,19 @@ class Tally:
             torch.from_numpy(prediction).flatten(), minlength=len(self.padding)
         )
 
+    @classmethod
+    def of_all(cls, tallies: list["Tally"]) -> "Tally":
+        """What several of the same classes have counted, of scenes of their own each."""
+        total = cls(tallies[0].classes, tallies[0].crop)
+        for tally in tallies:
+            for name in ("labelled", "full", "eroded", "crops", "boundary", "padding"):
+                getattr(total, name).add_(getattr(tally, name))
+            for name, matrix in tally.domains.items():
+                total.domains[name] = total.domains.get(name, 0) + matrix
+            for name, count in tally.scenes.items():
+                total.scenes[name] += count
+        return total
+
     def result(self) -> dict:
         """As plain types."""
         found = metrics.scores(self.labelled)

@@ -3,7 +3,7 @@
     step = Replayed(function)       # function(*tensors) -> tensors, the same work at every call
     outputs = step(*tensors)
 
-    model.forward = ReplayedShapes(model.forward)       # one graph for images of each shape
+    model.forward = replayed_on(device, model.forward)  # one graph for images of each shape
 
 A training step is more than a thousand small kernels, and launching one costs the host more time
 than many of them cost the GPU. A CUDA graph records them once and launches all of them together.
@@ -27,8 +27,9 @@ class Replayed:
     threads may use the GPU meanwhile, on streams of their own or on the default one.
     """
 
-    def __init__(self, function):
-        self.function, self.calls = function, 0
+    def __init__(self, function, capture: bool = True):
+        """capture: False where the function also talks to other processes."""
+        self.function, self.calls, self.may_capture = function, 0, capture
         self.graph: torch.cuda.CUDAGraph | None = None
         self.stream = torch.cuda.Stream()  # capturing needs another than the default one
         self.copied = torch.cuda.Event()  # the inputs of the last call
@@ -36,7 +37,7 @@ class Replayed:
     def __call__(self, *inputs: torch.Tensor):
         """inputs: of the same shapes at every call, on the GPU or in pinned memory."""
         self.calls += 1
-        if self.calls == EAGER_CALLS + 1:
+        if self.may_capture and self.calls == EAGER_CALLS + 1:
             self.capture(inputs)
         if self.graph is None:
             return self.eagerly(inputs)
@@ -81,3 +82,8 @@ class ReplayedShapes:
 
     def __call__(self, x: torch.Tensor):
         return self.of_shape(x.shape, x.dtype)(x)
+
+
+def replayed_on(device: torch.device, function):
+    """The function as ReplayedShapes on a GPU; itself on a CPU."""
+    return ReplayedShapes(function) if device.type == "cuda" else function

@@ -130,6 +130,20 @@ def write_folder():
 
 
 @pytest.fixture
+def small(tmp_path, write_folder):
+    """small(**options) -> a train.Config for a run of a second, on 2 + 2 images of 96 x 64."""
+    import train
+
+    root = write_folder(tmp_path / "data", size=(64, 96))
+
+    def config(**options):
+        settings = {"data": "folder", "root": root, "steps": 6, "batch": 2, "crop": 32}
+        return train.Config(**settings | {"out": tmp_path / "run", "device": "cpu"} | options)
+
+    return config
+
+
+@pytest.fixture
 def write_tiff():
     """write_tiff(path, pixels (H, W, C), ...) writes what Pillow cannot -> path.
 

@@ -37,7 +37,7 @@ from support.masks import read_indices
 from support.metrics import erode
 from support.protocols import check_submission
 from support.raster import DataError, Rows, read_tags
-from support.replay import ReplayedShapes
+from support.replay import replayed_on
 from support.scenes import BatchSize, axis_windows
 
 ERRORS = (DataError, CheckpointError)
@@ -771,7 +771,7 @@ def test_a_gpu_draws_the_same_map():
     assert np.bincount(expected.ravel(), minlength=6).max() < 0.9 * expected.size
     for precision in ("fp32", "auto"):
         on_gpu = at_precision(copy.deepcopy(student).cuda(), precision)
-        on_gpu.forward = ReplayedShapes(on_gpu.forward)  # as main does
+        on_gpu.forward = replayed_on(torch.device("cuda"), on_gpu.forward)  # as main does
         for batch in (1, 5, None):
             found, _ = predict_classes(on_gpu, image, window=128, device="cuda", batch=batch)
             assert (found != expected).mean() < 0.005, (precision, batch)

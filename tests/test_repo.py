@@ -24,7 +24,8 @@ SOURCES = sorted(
     for path in ROOT.glob(pattern)
 )
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/data.md")]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
+PAGES += [ROOT / name for name in ("docs/data.md", "docs/training.md")]
 PAGES += [ROOT / "kernels/README.md", ROOT / "experiments/README.md"]
 
 
@@ -212,7 +213,8 @@ def test_requirements_meet_the_projects_floors():
 
 MAKEFILE = (ROOT / "Makefile").read_text().replace("$(DEMO)", "runs/demo").replace("$$resume", "")
 COMMANDS = re.findall(
-    r"^\s*(?:python|\$\(PY\)) ((?:train|infer|data)\.py .*?|-m experiments\.ablation.*?)"
+    r"^\s*(?:python|\$\(PY\)|torchrun [-\w: ]+?) "
+    r"((?:train|infer|data)\.py .*?|-m experiments\.ablation.*?)"
     r"(?:\s{2,}#.*)?\s*$",
     "\n".join(page.read_text() for page in PAGES) + MAKEFILE,
     re.M,

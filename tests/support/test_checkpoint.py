@@ -1,10 +1,12 @@
 """checkpoint.py: whole files only, and nothing is believed unseen."""
 
+import errno
 import json
 import os
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,19 +36,37 @@ def test_json_is_as_safe(tmp_path):
     assert os.listdir(tmp_path) == ["x.json"]
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "number, sentence",
+    [
+        (errno.ENOSPC, "last.pt: No space left on device: it takes 0.0 MB, and a limit is lower"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, number, sentence):
     path = tmp_path / "last.pt"
     checkpoint.save(contents(), path)
 
-    def full_disk(_, file):
-        file.write(b"half a file")
-        raise OSError(28, "No space left on device")
+    def fail(_):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises((OSError, CheckpointError), match=sentence):
         checkpoint.save(contents(2.0), path)
     assert checkpoint.read(path, "ctclm-training")["model"]["w"][0] == 1
     assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_full_disk_says_what_is_missing(tmp_path, monkeypatch):
+    usage = SimpleNamespace(free=1_500_000)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: usage)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="takes 4.0 MB, and 2.5 MB are missing; make room"):
+        checkpoint.write(bytes(4_000_000), tmp_path / "last.pt")
 
 
 def test_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
@@ -118,6 +138,34 @@ def test_damage_is_noticed(tmp_path, what, sentence):
     damaged(path, what)
     with pytest.raises(CheckpointError, match=f"last.pt: .*{sentence}"):
         checkpoint.read(path, "ctclm-training")
+
+
+def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path):
+    """Also in the zip's directory, where its own checksums do not reach: there it says at which
+    byte a tensor begins, and PyTorch would read another."""
+    path = tmp_path / "last.pt"
+    checkpoint.save(contents(), path)
+    data = bytearray(path.read_bytes())
+    for place in range(len(data)):
+        data[place] ^= 1 << place % 8
+        held = checkpoint.seal_holds(data)
+        assert not held or place >= len(data) - 16  # in the checksum itself
+        data[place] ^= 1 << place % 8
+    data[data.rindex(b"PK\x01\x02") + 42] ^= 64
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="its checksum does not match"):
+        checkpoint.read(path, "ctclm-training")
+
+
+def test_a_file_without_a_checksum_of_its_own(tmp_path):
+    """As torch.save leaves it, and as earlier versions of this program did."""
+    torch.save(contents(), tmp_path / "old.pt")
+    data = bytearray((tmp_path / "old.pt").read_bytes())
+    assert checkpoint.read(tmp_path / "old.pt", "ctclm-training")["model"]["w"][0] == 1
+    data[data.index(b"\x00\x00\x80\x3f" * 4) + 1] ^= 1
+    (tmp_path / "old.pt").write_bytes(data)
+    with pytest.raises(CheckpointError, match="the checksum of .* does not match"):
+        checkpoint.read(tmp_path / "old.pt", "ctclm-training")
 
 
 def test_not_finite_weights_are_refused(tmp_path):

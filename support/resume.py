@@ -1,0 +1,87 @@
+"""Going on with a run: what a checkpoint of it holds, and with which options it may go on.
+
+    config = resume.parse(Config, sys.argv[1:])     # --resume: config.json has the other options
+    checkpoint.save_newest(resume.state_of(run), config.out)
+    resume.put_back(run, checkpoint.read_newest(config.out))
+
+A run that goes on is the same run: what it learns from, and how, cannot change. How far it goes
+can, and where and how the same numbers are worked out. `run` is a train.Run.
+"""
+
+import torch
+
+from support import checkpoint, cli
+
+MAY_CHANGE = ("steps", "validations", "device", "accumulate", "root", "cache", "tensorboard")
+
+
+def parse(config_class, arguments: list[str], description: str = ""):
+    """Command line -> a config; with --resume, config.json in --out has what it does not name."""
+    given = cli.given(config_class, arguments, description)
+    if given.get("resume"):
+        out = given.get("out", config_class.out)
+        before = checkpoint.read_options(out)
+        given = cli.from_plain(config_class, before, f"{out}: was started") | given
+    return config_class(**given)
+
+
+def options(config) -> dict:
+    """What config.json has of a run's config: not where the run is, nor that it was resumed."""
+    return {k: v for k, v in cli.as_plain(config).items() if k not in ("out", "resume")}
+
+
+def what_is_run(config) -> dict:
+    """The options that make a run what it is, as the checkpoints have them."""
+    where = ("device", "cache", "tensorboard")
+    return {k: v for k, v in options(config).items() if k not in where}
+
+
+def state_of(run) -> dict:
+    """All that a run needs to go on, in tensors and plain types."""
+    return {
+        "kind": "ctclm-training",
+        "config": run.config.saved(),
+        "ranks": run.ranks.count,
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "step": run.step,
+        "history": [torch.stack([*losses]) for losses in run.history],
+        "log": run.log,
+        "best": run.best,
+        "seconds": run.seconds,
+    }
+
+
+def put_back(run, state: dict) -> None:
+    """A new run becomes the one whose `state_of` was saved. UsageError if it is another."""
+    require_same_run(state, run.config, run.ranks.count)
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    for group in run.optimizer.param_groups:
+        group["capturable"] = run.device.type == "cuda"  # now, not where it was saved
+    run.step, run.log, run.best = state["step"], state["log"], state["best"]
+    run.history = [losses.to(run.device) for losses in state["history"]]
+    run.seconds = state["seconds"]
+
+
+def require_same_run(state: dict, config, ranks: int) -> None:
+    """UsageError unless the checkpoint's run can go on with these options and processes.
+
+    With other --steps it can, which stdout says.
+    """
+    out, before, step = config.out, state["config"], state["step"]
+    cli.require_same(config.saved(), before, f"{out}: was started", "resume it", MAY_CHANGE)
+    is_ours = "ranks" in state
+    cli.require(is_ours, f"{out}: was started by an older version; resume it with that version")
+    cli.require(
+        state["ranks"] == ranks,
+        f"{out}: was started with {state['ranks']} processes, not {ranks}, and each has windows of "
+        f"its own; resume it with as many",
+    )
+    steps = config.steps
+    cli.require(steps >= step, f"{out}: has done {step} steps, so --steps {steps} is too few")
+    if steps != before["steps"]:
+        print(
+            f"{out}: goes on from step {step} to {steps} instead of {before['steps']}; from here "
+            f"on learning rate and ramp are those of a run of {steps}"
+        )
