@@ -180,7 +180,7 @@ def train_side_by_side(cells: list[Cell], windows: Windows, end: int) -> None:
     with cli.StopSignal() as stop:
         for step, images, labels, _ in prefetch(windows, range(first, end), threads):
             for cell in cells:
-                if cell.step == step and not cell.finished():
+                if cell.step == step:
                     cell.train_step(images, labels)
                     if cell.step % CHECKED_EVERY == 0 or cell.finished():
                         cell.check_gradients()

@@ -1153,7 +1153,55 @@ RANKS = [
 ]
 # fmt: on
 
-FAULTS = METHOD + LOOP + KERNELS + DATA + SCORES + INFERENCE + CHECKPOINTS + RANKS
+# --- The experiment: experiments/ablation.py ------------------------------------------------------
+
+ABLATION, TABLE = "experiments/ablation.py", "experiments/table.py"
+ABLATION_TEST = "experiments/test_ablation.py::"
+
+# fmt: off
+EXPERIMENT = [
+    Fault(ABLATION, "the mean is over all steps",
+          "self.from_step = round((1 - AVERAGED) * options.steps)",
+          "self.from_step = 0",
+          f"{ABLATION_TEST}test_the_mean_is_over_the_last_tenth_of_the_steps"),
+    Fault(ABLATION, "batch norms keep their last statistics",
+          "return [x for x in self.model.state_dict().values() if x.is_floating_point()]",
+          "return [*self.model.parameters()]",
+          f"{ABLATION_TEST}test_the_mean_is_over_the_last_tenth_of_the_steps"),
+    Fault(ABLATION, "maps are of the last weights",
+          "                cell.use_mean()\n                if name in names",
+          "                if name in names",
+          f"{ABLATION_TEST}test_scores_are_of_the_mean_weights_on_each_split"),
+    Fault(ABLATION, "the frozen teacher has not learned",
+          'frozen.model.cnn.load_state_dict(cells["cnn"].model.cnn.state_dict())',
+          "pass",
+          f"{ABLATION_TEST}test_the_frozen_teacher_is_the_mean_cnn"),
+    Fault(ABLATION, "a stopped cell forgets its mean",
+          'self.step, self.mean = state["step"], [x.to(self.device) for x in state["mean"]]',
+          'self.step = state["step"]',
+          f"{ABLATION_TEST}test_a_cell_that_was_stopped_ends_in_the_same_weights"),
+    Fault(ABLATION, "all scenes together are those of the last split",
+          'counts["all"] = tuple(map(sum, zip(*counts.values(), strict=True)))',
+          'counts["all"] = [*counts.values()][-1]',
+          f"{ABLATION_TEST}test_all_scenes_together_are_counted_together"),
+    Fault(TABLE, "differences are not paired by seed",
+          "for seed in sorted(ours.keys() & theirs.keys())]",
+          "for seed in sorted(ours) if theirs.setdefault(seed, 0.0) is not None]",
+          "experiments/test_table.py::test_only_seeds_that_both_settings_have_are_compared"),
+    Fault(TABLE, "the interval is of the normal distribution",
+          "T_QUANTILES[n - 2] * statistics.stdev",
+          "1.96 * statistics.stdev",
+          "experiments/test_table.py::test_interval_by_hand"),
+    Fault("experiments/settings.py", "the penalty's projections are outside of autocast",
+          "        projections = self.shared_space(output)\n        with torch.autocast("
+          "labels.device.type, enabled=False):\n",
+          "        with torch.autocast(labels.device.type, enabled=False):\n"
+          "            projections = self.shared_space(output)\n",
+          "experiments/test_settings.py::test_each_setting_learns_in_half_precision"),
+]
+# fmt: on
+
+FAULTS = METHOD + LOOP + KERNELS + DATA + SCORES + INFERENCE + CHECKPOINTS + RANKS + EXPERIMENT
 
 
 # --- The program ----------------------------------------------------------------------------------
