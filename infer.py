@@ -18,40 +18,39 @@ scene's width and not on its height. The map of a TIFF is a TIFF with the same g
 Letters: B batch, C channels, H W pixels, K classes.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Literal, NamedTuple
-from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ctclm import CTCLM, VARIANTS, Transformer
 from data import DATA_SETS, Dataset, load
 from kernels import upsample
-from support import checkpoint, cli
-from support.checkpoint import CheckpointError, atomic_write
+from support import checkpoint, cli, pretrained
+from support.checkpoint import CheckpointError
 from support.images import open_rows
-from support.layouts import Classes
+from support.layouts import Classes, distinct_colours
 from support.machine import keep_freed_memory, pick_device
 from support.maps import MapFiles
 from support.nodata import NO_ALPHA
+from support.precision import at_precision
 from support.progress import Progress
 from support.protocols import (
     GEOSEG_PATCH,
     LOVEDA_TEST,
     MMSEG_CROP,
     Tally,
-    check_submission,
     geoseg_padding,
     protocol_table,
     table,
+    write_submission,
 )
 from support.ranks import ALONE, Ranks, StalledError
 from support.raster import DataError, Rows
@@ -82,10 +81,14 @@ def save_transformer(model: CTCLM, path: Path, about: About) -> None:
 
 
 def load_transformer(path: Path) -> Transformer:
-    """The Transformer from `best.pt`, in evaluation mode; its `about` is an About.
+    """The Transformer from `best.pt`, or from a published file of SegFormer, in evaluation mode.
 
-    Raises CheckpointError when the file is missing, damaged or something else.
+    Its `about` is an About. Published files do not name their classes. Those of ImageNet weights
+    have an encoder alone: then `head` is None, and `encode` gives features. Raises CheckpointError
+    when the file is missing, damaged or something else.
     """
+    if Path(path).suffix in pretrained.PUBLISHED:
+        return from_published(pretrained.read(path)).eval()
     contents = checkpoint.read(path, "ctclm-transformer")
     config, known = contents["config"], contents["about"]
     size = config["num_classes"], config["in_channels"]
@@ -96,24 +99,16 @@ def load_transformer(path: Path) -> Transformer:
     return transformer.eval()
 
 
-def at_precision(model: Transformer, precision: str) -> Transformer:
-    """Casts a model's weights and features in place, to auto, fp32, bf16 or fp16; returns it.
-
-    auto is fp32 on a CPU and fp16 on a GPU: as fast as bf16, with an eighth of its rounding error.
-    Weights are cast once, for autocast's casts in every call cost more than they save. The image is
-    normalised in float32, and softmax and blending follow in float32.
-    """
-    on_gpu = model.normalise.mean.is_cuda
-    if precision == "auto":
-        precision = "fp16" if on_gpu else "fp32"
-    cli.require(precision != "fp16" or on_gpu, "--precision fp16 is for a GPU; a CPU takes bf16")
-    if precision != "fp32":
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear | nn.LayerNorm):
-                module.to(dtype)
-        model.normalise.register_forward_hook(lambda module, images, output: output.to(dtype))
-    return model
+def from_published(weights: pretrained.Weights) -> Transformer:
+    K, in_channels = weights.num_classes or 1, weights.in_channels
+    transformer = Transformer(VARIANTS[weights.variant(VARIANTS)], K, in_channels)
+    pretrained.start_from(transformer, weights)
+    if weights.num_classes is None:
+        transformer.head = None
+    names, bands = tuple(f"class {k}" for k in range(K)), "rgb" if in_channels == 3 else "rgbir"
+    classes = Classes(names, tuple(distinct_colours(K)))
+    transformer.about = About(classes, str(weights.path), bands, step=0, val_miou=math.nan)
+    return transformer
 
 
 # --- A whole scene, window by window --------------------------------------------------------------
@@ -296,7 +291,9 @@ def main(arguments: list[str]) -> None:
     config = cli.parse(Config, arguments, __doc__.partition("\n")[0])
     keep_freed_memory()
     ranks, device = Ranks.join(quiet=not config.images), pick_device(config.device)
-    model = at_precision(load_transformer(config.checkpoint).to(device), config.precision)
+    model = load_transformer(config.checkpoint)
+    cli.require(model.head, f"{config.checkpoint}: has no head; train.py --pretrained takes it")
+    model = at_precision(model.to(device), config.precision)
     model.forward = replayed_on(device, model.forward)
     options = {"window": config.window, "overlap": config.overlap, "device": device}
     options |= {"batch": BatchSize.of(config.batch, device)}
@@ -420,15 +417,14 @@ def submit(model, config: Config, options: dict) -> None:
             + (f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else "")
         )
     cli.make_folder(config.submission.parent)
-    with atomic_write(config.submission) as file, Progress(f"{len(sizes)} images") as progress:
-        with ZipFile(file, "w", ZIP_DEFLATED) as archive:
+    with Progress(f"{len(sizes)} images") as progress:
+
+        def maps():
             for index, scene in enumerate(dataset.scenes):
-                labels, _ = predict_classes(model, scene.image, **options)
-                picture = BytesIO()
-                Image.fromarray(labels).save(picture, "PNG")
-                archive.writestr(scene.path.name, picture.getvalue())
-                progress((index + 1) / len(dataset.scenes))
-        check_submission(file, config.submission, sizes, len(dataset.classes.names))
+                yield scene.path.name, predict_classes(model, scene.image, **options)[0]
+                progress((index + 1) / len(sizes))
+
+        write_submission(config.submission, maps(), sizes, len(dataset.classes.names))
     print(f"{config.submission}: {len(sizes)} single-band PNGs with values 0..6, read back")
 
 

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from zipfile import ZipFile
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from support import metrics
+from support.checkpoint import atomic_write
 from support.layouts import Classes
 from support.raster import DataError
 
@@ -187,6 +188,19 @@ def protocol_table(result: dict, protocol: str) -> str:
 # --- LoveDA's submission ------------------------------------------------------------------------
 
 LOVEDA_TEST = range(4191, 5987)  # the names of its 1796 test images
+
+
+def write_submission(
+    path: Path, maps: Iterator[tuple[str, np.ndarray]], sizes: dict[str, tuple[int, int]], K: int
+) -> None:
+    """A zip of class maps (name, (H, W) uint8); it appears once `check_submission` has read it."""
+    with atomic_write(path) as file:
+        with ZipFile(file, "w", ZIP_DEFLATED) as archive:
+            for name, labels in maps:
+                picture = BytesIO()
+                Image.fromarray(labels).save(picture, "PNG")
+                archive.writestr(name, picture.getvalue())
+        check_submission(file, path, sizes, K)
 
 
 def check_submission(file, path: Path, sizes: dict[str, tuple[int, int]], K: int) -> None:

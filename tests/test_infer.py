@@ -21,7 +21,6 @@ import kernels
 from ctclm import CTCLM, ModelConfig
 from infer import (
     About,
-    at_precision,
     load_transformer,
     predict,
     predict_classes,
@@ -35,6 +34,7 @@ from support.labels import decode_colours
 from support.layouts import IGNORE, LOVEDA, POTSDAM, Classes
 from support.masks import read_indices
 from support.metrics import erode
+from support.precision import at_precision
 from support.protocols import check_submission
 from support.raster import DataError, Rows, read_tags
 from support.replay import replayed_on
