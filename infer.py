@@ -4,6 +4,7 @@
     python infer.py runs/demo/best.pt --data toy --split test               # scores
     python infer.py runs/p/best.pt --data potsdam --root DIR --split test --protocol all
     python infer.py runs/l/best.pt --data loveda --root DIR --submission loveda.zip
+    python infer.py runs/p/best.pt --export model.pt2                       # for other programs
 
 From Python:
 
@@ -18,7 +19,6 @@ scene's width and not on its height. The map of a TIFF is a TIFF with the same g
 Letters: B batch, C channels, H W pixels, K classes.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,9 +32,10 @@ from torch import Tensor
 
 from ctclm import CTCLM, VARIANTS, Transformer
 from data import DATA_SETS, Dataset, load
-from kernels import upsample
+from kernels import force, upsample
 from support import checkpoint, cli, pretrained
 from support.checkpoint import CheckpointError
+from support.export import ENDINGS, export
 from support.images import open_rows
 from support.layouts import Classes, distinct_colours
 from support.machine import keep_freed_memory, pick_device
@@ -44,11 +45,12 @@ from support.precision import at_precision
 from support.progress import Progress
 from support.protocols import (
     GEOSEG_PATCH,
-    LOVEDA_TEST,
     MMSEG_CROP,
     Tally,
     geoseg_padding,
     protocol_table,
+    require_loveda_test,
+    require_protocol,
     table,
     write_submission,
 )
@@ -66,17 +68,20 @@ class About(NamedTuple):
     classes: Classes
     data: str  # the data set it was trained on
     bands: str  # of its images: "rgb", "irrg", "rgbir"
-    step: int  # of the training run
-    val_miou: float  # on the validation split, in [0, 1]
+    step: int = 0  # of the training run
+    val_miou: float | None = None  # on the validation split, in [0, 1]
+
+    def plain(self) -> dict:
+        """As plain types, for a file; the classes are two entries."""
+        names, colours, _ = self.classes
+        classes = {"classes": list(names), "colours": [list(colour) for colour in colours]}
+        return classes | {key: getattr(self, key) for key in self._fields[1:]}
 
 
 def save_transformer(model: CTCLM, path: Path, about: About) -> None:
     """Write the Transformer alone, and what it knows of its classes."""
     config = {key: getattr(model.config, key) for key in ("variant", "num_classes", "in_channels")}
-    names, colours, _ = about.classes
-    known = {"classes": list(names), "colours": [list(colour) for colour in colours]}
-    known |= {key: getattr(about, key) for key in ("data", "bands", "step", "val_miou")}
-    contents = {"kind": "ctclm-transformer", "config": config, "about": known}
+    contents = {"kind": "ctclm-transformer", "config": config, "about": about.plain()}
     checkpoint.save(contents | {"model": model.transformer.state_dict()}, path)
 
 
@@ -107,7 +112,7 @@ def from_published(weights: pretrained.Weights) -> Transformer:
         transformer.head = None
     names, bands = tuple(f"class {k}" for k in range(K)), "rgb" if in_channels == 3 else "rgbir"
     classes = Classes(names, tuple(distinct_colours(K)))
-    transformer.about = About(classes, str(weights.path), bands, step=0, val_miou=math.nan)
+    transformer.about = About(classes, str(weights.path), bands)
     return transformer
 
 
@@ -257,6 +262,7 @@ class Config:
         "", "also what others would print for the same predictions"
     )
     submission: Path = cli.option(None, "LoveDA's test set as a .zip for its server")
+    export: Path = cli.option(None, "the model as a .pt2, .onnx or .safetensors for other programs")
     device: Literal["auto", "cpu", "cuda"] = cli.option("auto", "where to run")
 
     def __post_init__(self):
@@ -265,9 +271,16 @@ class Config:
         cli.require(fits, f"--window must be a positive multiple of {STRIDE}; got {window}")
         cli.require(0 <= overlap < 0.9, f"--overlap must be in [0, 0.9); got {overlap}")
         cli.require(batch is None or batch > 0, f"--batch must be positive; got {batch}")
-        one = bool(self.images) != bool(self.data)
-        cli.require(one, "give images to map, or --data to score on (one of the two)")
-        if self.images:
+        one = bool(self.images) + bool(self.data) + bool(self.export) == 1
+        cli.require(one, "give images to map, --data to score on, or --export (one of the three)")
+        if self.export:
+            others = (
+                "out batch tta confidence root split tiles max_unknown cache protocol submission"
+            )
+            self.refuse("does not go with --export", others)
+            fits = self.export.suffix in ENDINGS
+            cli.require(fits, f"--export must end in {', '.join(ENDINGS)}; got {self.export}")
+        elif self.images:
             self.refuse(
                 "goes with --data, not with images",
                 "root split tiles max_unknown cache protocol submission",
@@ -293,6 +306,11 @@ def main(arguments: list[str]) -> None:
     ranks, device = Ranks.join(quiet=not config.images), pick_device(config.device)
     model = load_transformer(config.checkpoint)
     cli.require(model.head, f"{config.checkpoint}: has no head; train.py --pretrained takes it")
+    if config.export:
+        cli.make_folder(config.export.parent)
+        with force("pytorch"):  # no kernel of ours: who opens the file has none
+            export(model, config.export, model.about.plain())
+        return print(f"{config.export}: {config.export.stat().st_size / 1e6:.1f} MB")
     model = at_precision(model.to(device), config.precision)
     model.forward = replayed_on(device, model.forward)
     options = {"window": config.window, "overlap": config.overlap, "device": device}
@@ -375,14 +393,7 @@ def score(model, config: Config, options: dict, ranks: Ranks) -> None:
     dataset = load_scenes(model, config, split)
     if any(scene.label is None for scene in dataset.scenes):
         raise DataError(f"the {split} split of {config.data} has no labels to score against")
-    if config.protocol in ("geoseg", "mmseg"):
-        if dataset.classes.clutter is None:
-            raise DataError(f"--protocol {config.protocol}: is for ISPRS data, not {config.data}")
-        if all(scene.eroded is None for scene in dataset.scenes):
-            raise DataError(
-                f"--protocol {config.protocol}: takes labels with eroded boundaries, "
-                f"and there are none of the {split} split"
-            )
+    require_protocol(config.protocol, dataset, f"{split} split", config.data)
     what = f"tiles {' '.join(config.tiles)}" if config.tiles else f"{split} split"
     print(f"{config.checkpoint} on {config.data}, {what}")
     for note in dataset.notes:
@@ -408,14 +419,8 @@ def score(model, config: Config, options: dict, ranks: Ranks) -> None:
 def submit(model, config: Config, options: dict) -> None:
     """The test set's maps as the server wants them, verified by reading the file back."""
     dataset = load_scenes(model, config, "test")
-    expected = {f"{number}.png" for number in LOVEDA_TEST}
     sizes = {scene.path.name: scene.image.shape[:2] for scene in dataset.scenes}
-    if wrong := sorted(expected ^ set(sizes)):
-        kind = "is missing" if wrong[0] in expected else "is not one of them"
-        raise DataError(
-            f"{config.root}: is not LoveDA's test set of {len(expected)} images: {wrong[0]} {kind}"
-            + (f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else "")
-        )
+    require_loveda_test(sizes, config.root)
     cli.make_folder(config.submission.parent)
     with Progress(f"{len(sizes)} images") as progress:
 

@@ -14,7 +14,7 @@ Letters: H W pixels, K classes.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from io import BytesIO
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
@@ -171,6 +171,19 @@ def table(result: dict, classes: Classes) -> str:
     return "\n".join(lines)
 
 
+def require_protocol(protocol: str, dataset, split: str, data: str) -> None:
+    """DataError where the labels of a data.Dataset do not allow this way of counting."""
+    if protocol not in ("geoseg", "mmseg"):
+        return
+    if dataset.classes.clutter is None:
+        raise DataError(f"--protocol {protocol}: is for ISPRS data, not {data}")
+    if all(scene.eroded is None for scene in dataset.scenes):
+        raise DataError(
+            f"--protocol {protocol}: takes labels with eroded boundaries, "
+            f"and there are none of the {split}"
+        )
+
+
 def protocol_table(result: dict, protocol: str) -> str:
     """The rows of `conventions` that belong to all, geoseg or mmseg; what each counts below it."""
     names = "mIoU mF1 mAcc OA OA-clutter kappa boundaryF1".split()
@@ -188,6 +201,17 @@ def protocol_table(result: dict, protocol: str) -> str:
 # --- LoveDA's submission ------------------------------------------------------------------------
 
 LOVEDA_TEST = range(4191, 5987)  # the names of its 1796 test images
+
+
+def require_loveda_test(names: Collection[str], root: Path) -> None:
+    """DataError unless these are the names of its images."""
+    expected = {f"{number}.png" for number in LOVEDA_TEST}
+    if wrong := sorted(expected ^ set(names)):
+        kind = "is missing" if wrong[0] in expected else "is not one of them"
+        raise DataError(
+            f"{root}: is not LoveDA's test set of {len(expected)} images: {wrong[0]} {kind}"
+            + (f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else "")
+        )
 
 
 def write_submission(
