@@ -796,19 +796,6 @@ def test_one_window_that_does_not_fit_ends_in_a_sentence():
         predict_classes(Narrow(0), random_image(64, 64), window=64, batch=4)
 
 
-def test_a_precision_is_that_of_weights_and_features_alone():
-    student, image = untrained(), random_image(64, 96)
-    expected, seen = np.concatenate([p for _, p in predict(student, image)], axis=1), []
-    assert at_precision(student, "auto") is student  # fp32 on a CPU
-    assert {p.dtype for p in student.parameters()} == {torch.float32}
-    at_precision(student, "bf16")
-    student.head.register_forward_hook(lambda module, features, logits: seen.append(logits))
-    found = np.concatenate([p for _, p in predict(student, image)], axis=1)
-    assert seen[0].dtype == torch.bfloat16 and found.dtype == np.float32
-    assert 0 < np.abs(found - expected).max() < 2e-3  # of probabilities about 1/6
-    assert student.normalise.mean.dtype == student.head.norm.running_var.dtype == torch.float32
-
-
 def test_logits_that_are_not_finite_are_no_map(tmp_path, program, best, monkeypatch):
     """What half precision makes of weights that are too large for it."""
     Image.fromarray(random_image(40, 40)).save(tmp_path / "a.png")
