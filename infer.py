@@ -4,6 +4,7 @@
     python infer.py runs/demo/best.pt --data toy --split test               # scores
     python infer.py runs/p/best.pt --data potsdam --root DIR --split test --protocol all
     python infer.py runs/l/best.pt --data loveda --root DIR --submission loveda.zip
+    python infer.py runs/p/best.pt --export model.pt2                       # for other programs
 
 From Python:
 
@@ -22,36 +23,36 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Literal, NamedTuple
-from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ctclm import CTCLM, VARIANTS, Transformer
 from data import DATA_SETS, Dataset, load
-from kernels import upsample
-from support import checkpoint, cli
-from support.checkpoint import CheckpointError, atomic_write
+from kernels import force, upsample
+from support import checkpoint, cli, pretrained
+from support.checkpoint import CheckpointError
+from support.export import ENDINGS, export
 from support.images import open_rows
-from support.layouts import Classes
+from support.layouts import Classes, distinct_colours
 from support.machine import keep_freed_memory, pick_device
 from support.maps import MapFiles
 from support.nodata import NO_ALPHA
+from support.precision import at_precision
 from support.progress import Progress
 from support.protocols import (
     GEOSEG_PATCH,
-    LOVEDA_TEST,
     MMSEG_CROP,
     Tally,
-    check_submission,
     geoseg_padding,
     protocol_table,
+    require_loveda_test,
+    require_protocol,
     table,
+    write_submission,
 )
 from support.ranks import ALONE, Ranks, StalledError
 from support.raster import DataError, Rows
@@ -67,25 +68,32 @@ class About(NamedTuple):
     classes: Classes
     data: str  # the data set it was trained on
     bands: str  # of its images: "rgb", "irrg", "rgbir"
-    step: int  # of the training run
-    val_miou: float  # on the validation split, in [0, 1]
+    step: int = 0  # of the training run
+    val_miou: float | None = None  # on the validation split, in [0, 1]
+
+    def plain(self) -> dict:
+        """As plain types, for a file; the classes are two entries."""
+        names, colours, _ = self.classes
+        classes = {"classes": list(names), "colours": [list(colour) for colour in colours]}
+        return classes | {key: getattr(self, key) for key in self._fields[1:]}
 
 
 def save_transformer(model: CTCLM, path: Path, about: About) -> None:
     """Write the Transformer alone, and what it knows of its classes."""
     config = {key: getattr(model.config, key) for key in ("variant", "num_classes", "in_channels")}
-    names, colours, _ = about.classes
-    known = {"classes": list(names), "colours": [list(colour) for colour in colours]}
-    known |= {key: getattr(about, key) for key in ("data", "bands", "step", "val_miou")}
-    contents = {"kind": "ctclm-transformer", "config": config, "about": known}
+    contents = {"kind": "ctclm-transformer", "config": config, "about": about.plain()}
     checkpoint.save(contents | {"model": model.transformer.state_dict()}, path)
 
 
 def load_transformer(path: Path) -> Transformer:
-    """The Transformer from `best.pt`, in evaluation mode; its `about` is an About.
+    """The Transformer from `best.pt`, or from a published file of SegFormer, in evaluation mode.
 
-    Raises CheckpointError when the file is missing, damaged or something else.
+    Its `about` is an About. Published files do not name their classes. Those of ImageNet weights
+    have an encoder alone: then `head` is None, and `encode` gives features. Raises CheckpointError
+    when the file is missing, damaged or something else.
     """
+    if Path(path).suffix in pretrained.PUBLISHED:
+        return from_published(pretrained.read(path)).eval()
     contents = checkpoint.read(path, "ctclm-transformer")
     config, known = contents["config"], contents["about"]
     size = config["num_classes"], config["in_channels"]
@@ -96,24 +104,16 @@ def load_transformer(path: Path) -> Transformer:
     return transformer.eval()
 
 
-def at_precision(model: Transformer, precision: str) -> Transformer:
-    """Casts a model's weights and features in place, to auto, fp32, bf16 or fp16; returns it.
-
-    auto is fp32 on a CPU and fp16 on a GPU: as fast as bf16, with an eighth of its rounding error.
-    Weights are cast once, for autocast's casts in every call cost more than they save. The image is
-    normalised in float32, and softmax and blending follow in float32.
-    """
-    on_gpu = model.normalise.mean.is_cuda
-    if precision == "auto":
-        precision = "fp16" if on_gpu else "fp32"
-    cli.require(precision != "fp16" or on_gpu, "--precision fp16 is for a GPU; a CPU takes bf16")
-    if precision != "fp32":
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear | nn.LayerNorm):
-                module.to(dtype)
-        model.normalise.register_forward_hook(lambda module, images, output: output.to(dtype))
-    return model
+def from_published(weights: pretrained.Weights) -> Transformer:
+    K, in_channels = weights.num_classes or 1, weights.in_channels
+    transformer = Transformer(VARIANTS[weights.variant(VARIANTS)], K, in_channels)
+    pretrained.start_from(transformer, weights)
+    if weights.num_classes is None:
+        transformer.head = None
+    names, bands = tuple(f"class {k}" for k in range(K)), "rgb" if in_channels == 3 else "rgbir"
+    classes = Classes(names, tuple(distinct_colours(K)))
+    transformer.about = About(classes, str(weights.path), bands)
+    return transformer
 
 
 # --- A whole scene, window by window --------------------------------------------------------------
@@ -262,6 +262,7 @@ class Config:
         "", "also what others would print for the same predictions"
     )
     submission: Path = cli.option(None, "LoveDA's test set as a .zip for its server")
+    export: Path = cli.option(None, "the model as a .pt2, .onnx or .safetensors for other programs")
     device: Literal["auto", "cpu", "cuda"] = cli.option("auto", "where to run")
 
     def __post_init__(self):
@@ -270,9 +271,16 @@ class Config:
         cli.require(fits, f"--window must be a positive multiple of {STRIDE}; got {window}")
         cli.require(0 <= overlap < 0.9, f"--overlap must be in [0, 0.9); got {overlap}")
         cli.require(batch is None or batch > 0, f"--batch must be positive; got {batch}")
-        one = bool(self.images) != bool(self.data)
-        cli.require(one, "give images to map, or --data to score on (one of the two)")
-        if self.images:
+        one = bool(self.images) + bool(self.data) + bool(self.export) == 1
+        cli.require(one, "give images to map, --data to score on, or --export (one of the three)")
+        if self.export:
+            others = (
+                "out batch tta confidence root split tiles max_unknown cache protocol submission"
+            )
+            self.refuse("does not go with --export", others)
+            fits = self.export.suffix in ENDINGS
+            cli.require(fits, f"--export must end in {', '.join(ENDINGS)}; got {self.export}")
+        elif self.images:
             self.refuse(
                 "goes with --data, not with images",
                 "root split tiles max_unknown cache protocol submission",
@@ -296,7 +304,14 @@ def main(arguments: list[str]) -> None:
     config = cli.parse(Config, arguments, __doc__.partition("\n")[0])
     keep_freed_memory()
     ranks, device = Ranks.join(quiet=not config.images), pick_device(config.device)
-    model = at_precision(load_transformer(config.checkpoint).to(device), config.precision)
+    model = load_transformer(config.checkpoint)
+    cli.require(model.head, f"{config.checkpoint}: has no head; train.py --pretrained takes it")
+    if config.export:
+        cli.make_folder(config.export.parent)
+        with force("pytorch"):  # no kernel of ours: who opens the file has none
+            export(model, config.export, model.about.plain())
+        return print(f"{config.export}: {config.export.stat().st_size / 1e6:.1f} MB")
+    model = at_precision(model.to(device), config.precision)
     model.forward = replayed_on(device, model.forward)
     options = {"window": config.window, "overlap": config.overlap, "device": device}
     options |= {"batch": BatchSize.of(config.batch, device)}
@@ -378,14 +393,7 @@ def score(model, config: Config, options: dict, ranks: Ranks) -> None:
     dataset = load_scenes(model, config, split)
     if any(scene.label is None for scene in dataset.scenes):
         raise DataError(f"the {split} split of {config.data} has no labels to score against")
-    if config.protocol in ("geoseg", "mmseg"):
-        if dataset.classes.clutter is None:
-            raise DataError(f"--protocol {config.protocol}: is for ISPRS data, not {config.data}")
-        if all(scene.eroded is None for scene in dataset.scenes):
-            raise DataError(
-                f"--protocol {config.protocol}: takes labels with eroded boundaries, "
-                f"and there are none of the {split} split"
-            )
+    require_protocol(config.protocol, dataset, f"{split} split", config.data)
     what = f"tiles {' '.join(config.tiles)}" if config.tiles else f"{split} split"
     print(f"{config.checkpoint} on {config.data}, {what}")
     for note in dataset.notes:
@@ -411,24 +419,17 @@ def score(model, config: Config, options: dict, ranks: Ranks) -> None:
 def submit(model, config: Config, options: dict) -> None:
     """The test set's maps as the server wants them, verified by reading the file back."""
     dataset = load_scenes(model, config, "test")
-    expected = {f"{number}.png" for number in LOVEDA_TEST}
     sizes = {scene.path.name: scene.image.shape[:2] for scene in dataset.scenes}
-    if wrong := sorted(expected ^ set(sizes)):
-        kind = "is missing" if wrong[0] in expected else "is not one of them"
-        raise DataError(
-            f"{config.root}: is not LoveDA's test set of {len(expected)} images: {wrong[0]} {kind}"
-            + (f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else "")
-        )
+    require_loveda_test(sizes, config.root)
     cli.make_folder(config.submission.parent)
-    with atomic_write(config.submission) as file, Progress(f"{len(sizes)} images") as progress:
-        with ZipFile(file, "w", ZIP_DEFLATED) as archive:
+    with Progress(f"{len(sizes)} images") as progress:
+
+        def maps():
             for index, scene in enumerate(dataset.scenes):
-                labels, _ = predict_classes(model, scene.image, **options)
-                picture = BytesIO()
-                Image.fromarray(labels).save(picture, "PNG")
-                archive.writestr(scene.path.name, picture.getvalue())
-                progress((index + 1) / len(dataset.scenes))
-        check_submission(file, config.submission, sizes, len(dataset.classes.names))
+                yield scene.path.name, predict_classes(model, scene.image, **options)[0]
+                progress((index + 1) / len(sizes))
+
+        write_submission(config.submission, maps(), sizes, len(dataset.classes.names))
     print(f"{config.submission}: {len(sizes)} single-band PNGs with values 0..6, read back")
 
 

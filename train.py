@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ctclm import CTCLM, SMALLEST_IMAGE, Losses, ModelConfig, Output, ramp_up
+from ctclm import CTCLM, SMALLEST_IMAGE, VARIANTS, Losses, ModelConfig, Output, ramp_up
 from data import DATA_SETS, Dataset, Scene, Windows, default_rare_class_fraction, load, prefetch
 from infer import About, evaluate, save_transformer
 from kernels import force, gate, upsample
 from kernels.distill import TRANSFERS
-from support import checkpoint, cli, diagnostics, machine, memory, pictures, resume
+from support import checkpoint, cli, diagnostics, machine, memory, pictures, pretrained, resume
 from support.audit import require_trainable
 from support.gradients import DivergedError, require_finite
 from support.labels import MAX_UNKNOWN
@@ -71,6 +71,7 @@ class Config:
     )
     align: Literal["on", "off"] = cli.option("on", "the shared representation space")
     encoder: Literal["multiscale", "plain"] = cli.option("multiscale", "the CNN's blocks")
+    pretrained: Path = cli.option(None, "weights to start from: SegFormer's, or a best.pt")
     validations: int = cli.option(6, "how often to validate")
     out: Path = cli.option(Path("runs/toy"), "the run's folder")
     resume: bool = cli.option(False, "continue the run in --out")
@@ -348,20 +349,17 @@ class Run:
 
 def prepare(config: Config, ranks: Ranks = ALONE) -> Run:
     """The run that the options describe: folder, data, model, and what a resumed one has done."""
+    starts = config.pretrained and not config.resume  # a resumed run goes on from its own weights
+    weights = starts and pretrained.read(config.pretrained).of(config.variant, VARIANTS)
     ranks.share_of_batch(config.batch)  # or a UsageError, before anything is made
     ranks.from_first(lambda: checkpoint.prepare_folder(config.out, config.resume))
     train_set, val_set = load_data(config)
     torch.manual_seed(config.seed)
-    model = CTCLM(
-        ModelConfig(
-            variant=config.variant,
-            num_classes=len(train_set.classes.names),
-            in_channels=train_set.scenes[0].image.shape[2],
-            encoder=config.encoder,
-            transfer=config.transfer,
-            align=config.align == "on",
-        )
-    )
+    size = len(train_set.classes.names), train_set.scenes[0].image.shape[2]
+    settings = config.encoder, config.transfer, config.align == "on"
+    model = CTCLM(ModelConfig(config.variant, *size, *settings))
+    if weights:
+        print(*pretrained.start_from(model.transformer, weights), sep="\n")
     run = Run(config, model, make_windows(config, train_set.scenes, ranks=ranks), val_set, ranks)
     if config.resume:
         run.restore()

@@ -36,6 +36,7 @@ from experiments.timing import Rates, Table, attempt, release, step_median
 from support import diagnostics, toy
 from support.layouts import POTSDAM
 from support.machine import pick_device
+from support.precision import at_precision
 from support.replay import replayed_on
 from train import Config, Run
 
@@ -169,7 +170,7 @@ def bench_inference(table: Table, variant: str, sizes, on_gpu: bool, with_peer: 
 
 
 def deployed(variant: str, precision: str, replayed: bool = True) -> nn.Module:
-    model = infer.at_precision(Transformer(VARIANTS[variant], K, 3), precision)
+    model = at_precision(Transformer(VARIANTS[variant], K, 3), precision)
     if replayed:
         model.forward = replayed_on(model.normalise.mean.device, model.forward)
     return model

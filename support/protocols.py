@@ -14,10 +14,10 @@ Letters: H W pixels, K classes.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from io import BytesIO
 from pathlib import Path
-from zipfile import ZipFile
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from support import metrics
+from support.checkpoint import atomic_write
 from support.layouts import Classes
 from support.raster import DataError
 
@@ -170,6 +171,19 @@ def table(result: dict, classes: Classes) -> str:
     return "\n".join(lines)
 
 
+def require_protocol(protocol: str, dataset, split: str, data: str) -> None:
+    """DataError where the labels of a data.Dataset do not allow this way of counting."""
+    if protocol not in ("geoseg", "mmseg"):
+        return
+    if dataset.classes.clutter is None:
+        raise DataError(f"--protocol {protocol}: is for ISPRS data, not {data}")
+    if all(scene.eroded is None for scene in dataset.scenes):
+        raise DataError(
+            f"--protocol {protocol}: takes labels with eroded boundaries, "
+            f"and there are none of the {split}"
+        )
+
+
 def protocol_table(result: dict, protocol: str) -> str:
     """The rows of `conventions` that belong to all, geoseg or mmseg; what each counts below it."""
     names = "mIoU mF1 mAcc OA OA-clutter kappa boundaryF1".split()
@@ -187,6 +201,30 @@ def protocol_table(result: dict, protocol: str) -> str:
 # --- LoveDA's submission ------------------------------------------------------------------------
 
 LOVEDA_TEST = range(4191, 5987)  # the names of its 1796 test images
+
+
+def require_loveda_test(names: Collection[str], root: Path) -> None:
+    """DataError unless these are the names of its images."""
+    expected = {f"{number}.png" for number in LOVEDA_TEST}
+    if wrong := sorted(expected ^ set(names)):
+        kind = "is missing" if wrong[0] in expected else "is not one of them"
+        raise DataError(
+            f"{root}: is not LoveDA's test set of {len(expected)} images: {wrong[0]} {kind}"
+            + (f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else "")
+        )
+
+
+def write_submission(
+    path: Path, maps: Iterator[tuple[str, np.ndarray]], sizes: dict[str, tuple[int, int]], K: int
+) -> None:
+    """A zip of class maps (name, (H, W) uint8); it appears once `check_submission` has read it."""
+    with atomic_write(path) as file:
+        with ZipFile(file, "w", ZIP_DEFLATED) as archive:
+            for name, labels in maps:
+                picture = BytesIO()
+                Image.fromarray(labels).save(picture, "PNG")
+                archive.writestr(name, picture.getvalue())
+        check_submission(file, path, sizes, K)
 
 
 def check_submission(file, path: Path, sizes: dict[str, tuple[int, int]], K: int) -> None:

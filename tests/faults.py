@@ -1003,10 +1003,10 @@ INFERENCE = [
           '{"model": model.state_dict()}',
           "test_train.py::test_best_is_the_branch_and_nothing_else"),
     Fault("infer.py", "best.pt is loaded in training mode",
-          "return transformer.eval()",
-          "return transformer",
+          "    return transformer.eval()",
+          "    return transformer",
           "test_infer.py::test_what_is_loaded_is_what_was_saved"),
-    Fault("infer.py", "a submission counts classes from 1",
+    Fault("support/protocols.py", "a submission counts classes from 1",
           "Image.fromarray(labels).save",
           "Image.fromarray(labels + 1).save",
           "test_infer.py::test_the_submission"),
@@ -1042,6 +1042,77 @@ INFERENCE = [
           "        if len(self.waiting):\n            self.hand_over(len(self.waiting))\n",
           "",
           "support/test_geotiff.py::test_rows_come_back"),
+]
+# fmt: on
+
+# --- Weights that come in, models that go out -----------------------------------------------------
+
+# fmt: off
+WEIGHTS = [
+    Fault("support/safetensors.py", "tensors may lie anywhere in the data",
+          "if begin != end or after - begin",
+          "if after - begin",
+          "support/test_safetensors.py::test_damage_is_said"),
+    Fault("support/safetensors.py", "bytes behind the last tensor are not noticed",
+          "    if end != len(content):",
+          "    if end > len(content):",
+          "support/test_safetensors.py::test_damage_is_said"),
+    Fault("support/safetensors.py", "offsets are written from the start of the file",
+          '"data_offsets": [end, end + len(data)]',
+          '"data_offsets": [end + 8, end + 8 + len(data)]',
+          "support/test_safetensors.py::test_what_is_written_is_read"),
+    Fault("support/segformer.py", "values come before keys",
+          '"attention.self.key + attention.self.value"',
+          '"attention.self.value + attention.self.key"',
+          "support/test_segformer.py::test_both_namings_are_of_the_same_weights"),
+    Fault("support/segformer.py", "the parts of the fusion are taken in the order of the stages",
+          "F.chunk(4, dim=1)[::-1]",
+          "F.chunk(4, dim=1)",
+          "support/test_segformer.py::test_the_head_is_folded"),
+    Fault("support/segformer.py", "the head's biases are lost",
+          "mean = mean - F_s @ state.pop",
+          "mean = mean - 0 * F_s @ state.pop",
+          "support/test_segformer.py::test_the_head_is_folded"),
+    Fault("support/segformer.py", "stages of the authors' names count from 0",
+          '"s": int(places["n"]) - 1',
+          '"s": int(places["n"])',
+          "support/test_segformer.py::test_there_and_back_is_the_identity"),
+    Fault("support/pretrained.py", "a file of weights may hold anything",
+          "weights_only=True)\n    except",
+          "weights_only=False)\n    except",
+          "support/test_pretrained.py::test_a_bad_file_gets_one_sentence"),
+    Fault("support/pretrained.py", "checksums are not looked at",
+          "damaged = archive.testzip()",
+          "damaged = None",
+          "support/test_pretrained.py::test_a_bad_file_gets_one_sentence"),
+    Fault("support/pretrained.py", "weights that are not finite are taken",
+          "if name := not_finite(tensors):",
+          "if name := None:",
+          "support/test_pretrained.py::test_a_bad_file_gets_one_sentence"),
+    Fault("support/pretrained.py", "infrared takes the sum of the colours",
+          "kernels.mean(1, keepdim=True)",
+          "kernels.sum(1, keepdim=True)",
+          "support/test_pretrained.py::test_infrared_gets_the_mean_of_the_colours"),
+    Fault("support/pretrained.py", "what is not used is not said",
+          "    if weights.unused:\n",
+          "    if False:\n",
+          "support/test_pretrained.py::test_an_encoder_leaves_the_head"),
+    Fault("support/export.py", "the exported logits are at a quarter of the size",
+          "size = images.shape[-2:]",
+          "size = [side // 4 for side in images.shape[-2:]]",
+          "support/test_export.py::test_logits_are_of_the_images_size"),
+    Fault("infer.py", "our kernels are exported",
+          'with force("pytorch"):',
+          'with force("triton"):',
+          "test_infer.py::test_no_kernel_of_ours_is_exported"),
+    Fault("train.py", "a resumed run starts again from the pretrained weights",
+          "starts = config.pretrained and not config.resume",
+          "starts = config.pretrained",
+          "test_train.py::test_a_resumed_run_goes_on_from_its_own_weights"),
+    Fault("train.py", "the pretrained weights are read and not used",
+          "pretrained.start_from(model.transformer, weights)",
+          "pretrained.start_from(CTCLM(model.config).transformer, weights)",
+          "test_train.py::test_a_run_starts_from_published_weights"),
 ]
 # fmt: on
 
@@ -1201,7 +1272,10 @@ EXPERIMENT = [
 ]
 # fmt: on
 
-FAULTS = METHOD + LOOP + KERNELS + DATA + SCORES + INFERENCE + CHECKPOINTS + RANKS + EXPERIMENT
+FAULTS = [
+    *(METHOD + LOOP + KERNELS + DATA + SCORES + INFERENCE),
+    *(WEIGHTS + CHECKPOINTS + RANKS + EXPERIMENT),
+]
 
 
 # --- The program ----------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ import kernels
 from ctclm import CTCLM, ModelConfig
 from infer import (
     About,
-    at_precision,
     load_transformer,
     predict,
     predict_classes,
@@ -35,10 +34,12 @@ from support.labels import decode_colours
 from support.layouts import IGNORE, LOVEDA, POTSDAM, Classes
 from support.masks import read_indices
 from support.metrics import erode
+from support.precision import at_precision
 from support.protocols import check_submission
 from support.raster import DataError, Rows, read_tags
 from support.replay import replayed_on
 from support.scenes import BatchSize, axis_windows
+from support.segformer import to_published
 
 ERRORS = (DataError, CheckpointError)
 SMALL = ("--window", 64)
@@ -345,7 +346,7 @@ def test_loveda_is_scored_per_domain(tmp_path, printed, loveda_best):
 
 
 def test_the_submission(tmp_path, printed, loveda_best, monkeypatch):
-    monkeypatch.setattr(infer, "LOVEDA_TEST", range(4191, 4193))
+    monkeypatch.setattr("support.protocols.LOVEDA_TEST", range(4191, 4193))
     write_loveda(tmp_path, ("Test",), (4191, 4192))
     target = tmp_path / "out" / "loveda.zip"
     arguments = (loveda_best, "--data", "loveda", "--root", tmp_path, "--submission", target)
@@ -392,7 +393,7 @@ def test_a_submission_the_server_would_refuse_is_refused_here(tmp_path, how):
 def test_a_submission_that_fails_its_check_does_not_appear(
     tmp_path, program, loveda_best, monkeypatch
 ):
-    monkeypatch.setattr(infer, "LOVEDA_TEST", range(1, 3))
+    monkeypatch.setattr("support.protocols.LOVEDA_TEST", range(1, 3))
     write_loveda(tmp_path, ("Test",))
     monkeypatch.setattr(infer, "predict_classes", lambda *_, **__: (np.full((40, 48), 7, "u1"), 0))
     arguments = ("--data", "loveda", "--root", tmp_path, "--submission", tmp_path / "s.zip")
@@ -401,12 +402,70 @@ def test_a_submission_that_fails_its_check_does_not_appear(
     assert not [*tmp_path.glob("*s.zip*")]
 
 
+# --- Published weights, and export ----------------------------------------------------------------
+
+
+def write_published(path, K=3, variant="tiny", head=True):
+    """SegFormer's weights by the authors' names, as `.pth`."""
+    model = CTCLM(ModelConfig(variant=variant, num_classes=K)).transformer
+    tensors = to_published(model.state_dict(), "original")
+    if not head:
+        tensors = {k: x for k, x in tensors.items() if not k.startswith("decode_head")}
+    torch.save({"state_dict": tensors}, path)
+    return model.eval()
+
+
+def test_published_weights_draw_maps(tmp_path, printed):
+    """Their classes have no names: they are numbered."""
+    model = write_published(tmp_path / "segformer.pth")
+    Image.fromarray(random_image(64, 96)).save(tmp_path / "a.png")
+    out = printed(tmp_path / "segformer.pth", tmp_path / "a.png", "--out", tmp_path, *SMALL)
+    assert "class 0 " in out and "class 2 " in out
+    expected, _ = predict_classes(model, random_image(64, 96), window=64)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a_classes.png")), expected)
+
+
+def test_a_published_encoder_gives_features_and_no_map(tmp_path, program):
+    model = write_published(tmp_path / "mit.pth", head=False)
+    images = 255 * torch.rand(1, 3, 64, 64)
+    for ours, theirs in zip(
+        load_transformer(tmp_path / "mit.pth").encode(images), model.encode(images), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    Image.fromarray(random_image(64, 96)).save(tmp_path / "a.png")
+    code, error = program(infer.main, ERRORS, tmp_path / "mit.pth", tmp_path / "a.png")
+    assert code == 2 and "mit.pth: has no head; train.py --pretrained takes it" in error
+
+
+def test_the_exported_weights_are_read_again(tmp_path, printed, best):
+    """By Hugging Face's names; and no kernel of ours is in what is exported."""
+    path = tmp_path / "new" / "roads.safetensors"
+    assert f"{path}: 3" in printed(best, "--export", path)
+    again, first = load_transformer(path).state_dict(), load_transformer(best).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+
+
+def test_no_kernel_of_ours_is_exported(tmp_path, printed, best, monkeypatch):
+    seen = []
+
+    def spy(model, path, about):
+        seen.append((kernels.choose._forced, about["classes"], model.training))
+        path.touch()
+
+    monkeypatch.setattr(infer, "export", spy)
+    with kernels.force("triton"):
+        printed(best, "--export", tmp_path / "x.pt2")
+    assert seen == [("pytorch", list(POTSDAM.names), False)]
+
+
 # --- Bad calls ----------------------------------------------------------------------------------
 
 
 def bad_call(how, tmp_path, best, write_tiff):
     good = tmp_path / "a.png"
     Image.fromarray(random_image(40, 40)).save(good)
+    weights = tmp_path / "text.pth"
+    weights.write_text("hello")
     text = tmp_path / "text.png"
     text.write_text("no image")
     other = tmp_path / "other"
@@ -481,6 +540,10 @@ def bad_call(how, tmp_path, best, write_tiff):
         "not the test set": (best, *to_loveda, *zipped),
         "an image of another name": (best, *to_loveda, *zipped),
         "unlabelled split": (best, *to_loveda, "--split", "test"),
+        "export and maps": (best, good, "--export", tmp_path / "x.pt2"),
+        "export to a zip": (best, "--export", tmp_path / "x.zip"),
+        "export with orientations": (best, "--export", tmp_path / "x.pt2", "--tta"),
+        "published weights that are none": (weights, good),
         "empty data set": (best, *to_loveda, "--split", "val"),
     }[how]
 
@@ -493,8 +556,8 @@ FAULTS = {
     "a folder as image": "other: is a folder",
     "a grey image": "grey.png: is L, not RGB",
     "two images of one name": "two images are called a",
-    "nothing to do": "give images to map, or --data",
-    "both jobs": "give images to map, or --data",
+    "nothing to do": "give images to map, --data to score on, or --export",
+    "both jobs": "give images to map, --data to score on, or --export",
     "window not a multiple": "--window must be a positive multiple of 32; got 100",
     "no window": "--window must be a positive multiple of 32; got 0",
     "no batch": "--batch must be positive; got 0",
@@ -528,6 +591,10 @@ FAULTS = {
     "not the test set": "is not LoveDA's test set of 1796 images: 4193.png is missing",
     "an image of another name": "is not LoveDA's test set of 1796 images: 4192.png is missing",
     "unlabelled split": "has no labels to score against",
+    "export and maps": "give images to map, --data to score on, or --export (one of the three)",
+    "export to a zip": "--export must end in .pt2, .onnx, .safetensors; got ",
+    "export with orientations": "--tta does not go with --export",
+    "published weights that are none": "text.pth: not a file of weights",
     "empty data set": "holds no Urban",
 }
 
@@ -727,19 +794,6 @@ def test_a_batch_that_does_not_fit_is_halved_for_all_scenes_to_come(capsys):
 def test_one_window_that_does_not_fit_ends_in_a_sentence():
     with pytest.raises(infer.cli.UsageError, match="not hold one window of the scene; infer.py"):
         predict_classes(Narrow(0), random_image(64, 64), window=64, batch=4)
-
-
-def test_a_precision_is_that_of_weights_and_features_alone():
-    student, image = untrained(), random_image(64, 96)
-    expected, seen = np.concatenate([p for _, p in predict(student, image)], axis=1), []
-    assert at_precision(student, "auto") is student  # fp32 on a CPU
-    assert {p.dtype for p in student.parameters()} == {torch.float32}
-    at_precision(student, "bf16")
-    student.head.register_forward_hook(lambda module, features, logits: seen.append(logits))
-    found = np.concatenate([p for _, p in predict(student, image)], axis=1)
-    assert seen[0].dtype == torch.bfloat16 and found.dtype == np.float32
-    assert 0 < np.abs(found - expected).max() < 2e-3  # of probabilities about 1/6
-    assert student.normalise.mean.dtype == student.head.norm.running_var.dtype == torch.float32
 
 
 def test_logits_that_are_not_finite_are_no_map(tmp_path, program, best, monkeypatch):

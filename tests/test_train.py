@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 
 import train
-from ctclm import ramp_up
+from ctclm import CTCLM, ModelConfig, ramp_up
 from infer import load_transformer
-from support import cli
+from support import cli, safetensors
 from support.checkpoint import CheckpointError, read
 from support.raster import DataError
+from support.segformer import to_published
 
 ERRORS = (DataError, CheckpointError)
 
@@ -301,6 +302,42 @@ def test_channels_follow_the_data(small, tmp_path, write_isprs):
     assert load_transformer(plain.config.out / "best.pt").about.bands == "rgb"
 
 
+def published(path, K=3, variant="tiny"):
+    """SegFormer's weights by Hugging Face's names."""
+    model = CTCLM(ModelConfig(variant=variant, num_classes=K)).transformer
+    safetensors.write(to_published(model.state_dict(), "Hugging Face"), path, {"format": "pt"})
+    return model.state_dict()
+
+
+def test_a_run_starts_from_published_weights(small, tmp_path, capsys):
+    path = tmp_path / "mit.safetensors"
+    state = published(path)
+    run_ = train.prepare(small(pretrained=path))
+    found = run_.model.transformer.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    assert f"starts from {path}" in capsys.readouterr().out
+    assert run_.config.saved()["pretrained"] == str(path)
+
+
+def test_the_cnn_does_not_see_what_the_transformer_starts_from(small, tmp_path):
+    published(tmp_path / "mit.safetensors")
+    with_weights = train.prepare(small(pretrained=tmp_path / "mit.safetensors", out=tmp_path / "a"))
+    without = train.prepare(small(out=tmp_path / "b"))
+    for ours, theirs in zip(
+        *(r.model.cnn.parameters() for r in (with_weights, without)), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_resumed_run_goes_on_from_its_own_weights(small, tmp_path):
+    path = tmp_path / "mit.safetensors"
+    published(path)
+    trained = run(small(steps=1, pretrained=path)).model.state_dict()
+    path.unlink()
+    found = train.prepare(small(steps=1, pretrained=path, resume=True)).model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in trained.items())
+
+
 def test_a_cache_is_shared_and_no_part_of_the_run(small, tmp_path):
     cache = tmp_path / "shared"
     first = run(small(steps=1, cache=cache))
@@ -352,6 +389,8 @@ BAD_OPTIONS = {
     "--val-tiles 2_10": "--data toy has no tiles",
     "--train-tiles 2_10": "it takes no --root, no tiles",
     "--data folder --root /nowhere/at/all": "/nowhere/at/all: no such folder",
+    "--pretrained none.pth": "none.pth: no such file of weights",
+    "--pretrained README.md": "README.md: not a checkpoint",
     "--resume": "there is nothing to resume",
     "--validations 0": "--validations must be positive; got 0",
     "--rare-class-fraction 1.5": "--rare-class-fraction is a share, 0 to 1; got 1.5",
@@ -371,6 +410,14 @@ def test_bad_options_get_one_sentence_and_exit_2(tmp_path, program, options):
     code, error = program(train.main, ERRORS, "--out", tmp_path / "run", *options.split())
     assert code == 2
     assert BAD_OPTIONS[options] in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_weights_of_another_variant_are_refused(small, tmp_path, program):
+    published(tmp_path / "b0.safetensors", variant="b0")
+    options = ("--pretrained", tmp_path / "b0.safetensors", "--out", tmp_path / "run")
+    code, error = program(train.main, ERRORS, *options)
+    assert code == 2 and "b0.safetensors: is of variant b0; take --variant b0" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_overwritten(small, program):

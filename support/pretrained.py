@@ -1,0 +1,165 @@
+"""A Transformer that starts from weights that somebody has trained before.
+
+    weights = pretrained.read(Path("mit_b0.pth"))
+    for sentence in pretrained.start_from(transformer, weights):
+        print(sentence)
+
+Published files end in .pth, .bin or .safetensors (support/segformer.py has their names), ours in
+.pt. Each tensor of a file is used, or a sentence names it. Where classes or bands are others:
+
+    classes     the last layer keeps its initial weights, and everything else is taken
+    bands       a band that the file does not know gets the mean of the kernels of those that it
+                knows; bands beyond the model's are left out
+
+Only tensors and plain types are ever unpickled (weights_only=True).
+"""
+
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from support import checkpoint, safetensors, segformer
+from support.checkpoint import CheckpointError, not_finite
+from support.cli import require
+
+PUBLISHED = (".pth", ".bin", ".safetensors")
+EMBED, CLASSIFY = "stages.0.embed.weight", "head.classify.weight"
+
+
+class Weights(NamedTuple):
+    """What a file has for our Transformer."""
+
+    path: Path
+    state: dict[str, Tensor]  # by our names; nothing of a head where the file is of an encoder
+    unused: list[str]  # the file's other tensors, by its own names
+
+    @property
+    def in_channels(self) -> int:
+        return self.state[EMBED].shape[1]
+
+    @property
+    def num_classes(self) -> int | None:
+        """None where the file is of an encoder."""
+        return len(self.state[CLASSIFY]) if CLASSIFY in self.state else None
+
+    def variant(self, variants: dict[str, NamedTuple]) -> str:
+        """Which of them (ctclm.VARIANTS) it is, by channels and depths of the stages."""
+        embed = re.compile(r"stages\.\d+\.embed\.weight")
+        channels = tuple(len(self.state[key]) for key in sorted(self.state) if embed.fullmatch(key))
+        places = (re.match(r"stages\.(\d+)\.blocks\.(\d+)", key) for key in self.state)
+        blocks = {(int(found[1]), found[2]) for found in places if found}
+        depths = tuple(sum(s == i for i, _ in blocks) for s in range(len(channels)))
+        for name, variant in variants.items():
+            if (channels, depths) == (variant.channels, variant.depths):
+                return name
+        raise CheckpointError(
+            f"{self.path}: is none of {', '.join(variants)}: its stages have channels "
+            f"{channels} and depths {depths}"
+        )
+
+    def of(self, wanted: str, variants: dict[str, NamedTuple]) -> "Weights":
+        """Themselves, where they are of the variant that is wanted; otherwise UsageError."""
+        found = self.variant(variants)
+        require(found == wanted, f"{self.path}: is of variant {found}; take --variant {found}")
+        return self
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> Weights:
+    """The weights of a file. CheckpointError when it is missing, damaged or something else."""
+    path = Path(path)
+    if path.suffix not in PUBLISHED:
+        return Weights(path, checkpoint.read(path, "ctclm-transformer")["model"], [])
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file of weights")
+    tensors = safetensors.read(path) if path.suffix == ".safetensors" else unpickle(path)
+    if name := not_finite(tensors):
+        raise CheckpointError(f"{path}: the weights of {name} are not finite")
+    try:
+        state, unused = segformer.to_ours(tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if EMBED not in state:
+        example = f": they are called {unused[0]}" if unused else ""
+        raise CheckpointError(f"{path}: holds no weights by a published name of SegFormer{example}")
+    return Weights(path, state, unused)
+
+
+def unpickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by torch.save: those of a dict, or of its entry "state_dict"."""
+    try:
+        if zipfile.is_zipfile(path):  # older files are none
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load does not check the checksums
+            if damaged:
+                raise CheckpointError(f"{path}: damaged (the checksum of {damaged} is wrong)")
+        with warnings.catch_warnings(action="ignore"):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception:  # bytes that are no pickle may raise anything
+        raise CheckpointError(
+            f"{path}: not a file of weights, a truncated one, or one that holds more than tensors"
+        ) from None
+    if isinstance(contents, dict):
+        contents = contents.get("state_dict", contents)
+    if not isinstance(contents, dict) or not contents:
+        raise CheckpointError(f"{path}: holds no dict of tensors")
+    if "kind" in contents:
+        raise CheckpointError(f"{path}: is a checkpoint of this project: give it the ending .pt")
+    for name, tensor in contents.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+            raise CheckpointError(f"{path}: its entry {name!r} is no tensor")
+    return contents
+
+
+# --- Use ------------------------------------------------------------------------------------------
+
+
+def start_from(transformer: nn.Module, weights: Weights) -> list[str]:
+    """Copy the weights, in place -> sentences that say what was not used and what was adapted.
+
+    CheckpointError when the file lacks a tensor or has one of another shape.
+    """
+    path, wanted, state = weights.path, transformer.state_dict(), dict(weights.state)
+    sentences = [f"starts from {path}"]
+    if weights.unused:
+        sentences.append(f"not used of {path}: {', '.join(weights.unused)}")
+    if weights.num_classes is None:
+        sentences.append(f"{path} is of an encoder: the head starts from random weights")
+        state |= {key: tensor for key, tensor in wanted.items() if key.startswith("head.")}
+    elif weights.num_classes != (K := len(wanted[CLASSIFY])):
+        sentences.append(
+            f"{path} has {weights.num_classes} classes, not {K}: the last layer starts from random "
+            f"weights, everything else is kept"
+        )
+        state |= {key: wanted[key] for key in wanted if key.startswith("head.classify.")}
+    theirs, ours = weights.in_channels, wanted[EMBED].shape[1]
+    if theirs != ours:
+        sentences.append(f"{path} has {theirs} bands, not {ours}: {of_bands(theirs, ours)}")
+        kernels = state[EMBED]  # (C, bands, 7, 7)
+        mean = kernels.mean(1, keepdim=True).expand(-1, max(0, ours - theirs), -1, -1)
+        state[EMBED] = torch.cat([kernels[:, :ours], mean], 1)
+    for key, tensor in wanted.items():
+        if key not in state:
+            raise CheckpointError(f"{path}: has nothing for {key}")
+        if state[key].shape != tensor.shape:
+            shapes = tuple(state[key].shape), tuple(tensor.shape)
+            raise CheckpointError(f"{path}: {key} would be {shapes[0]}, but it takes {shapes[1]}")
+    if extra := state.keys() - wanted.keys():
+        raise CheckpointError(f"{path}: {min(extra)} has no place in this Transformer")
+    transformer.load_state_dict(state)
+    return sentences
+
+
+def of_bands(theirs: int, ours: int) -> str:
+    if ours < theirs:
+        return f"those of the first {ours} are kept"
+    return f"the kernels of each further band are the mean over those {theirs}"

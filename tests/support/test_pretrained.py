@@ -1,0 +1,204 @@
+"""pretrained.py: what a file has is used or named, and a file that is none gets a sentence."""
+
+import copy
+import os
+
+import pytest
+import torch
+
+from ctclm import VARIANTS, Transformer
+from support import checkpoint, pretrained, safetensors, segformer
+from support.checkpoint import CheckpointError
+from support.cli import UsageError
+
+
+def transformer(variant="tiny", K=5, in_channels=3):
+    return Transformer(VARIANTS[variant], K, in_channels)
+
+
+def tensors_of(model, naming="original"):
+    return segformer.to_published(model.state_dict(), naming)
+
+
+def write(tensors, path):
+    """As publishers do: the authors' .pth has more beside the tensors."""
+    if path.suffix == ".safetensors":
+        safetensors.write(tensors, path, {"format": "pt"})
+    elif path.suffix == ".pth":
+        torch.save({"meta": {"CLASSES": ("a", "b"), "epoch": 3}, "state_dict": tensors}, path)
+    else:
+        torch.save(tensors, path)
+    return path
+
+
+def same(one, other, but=()):
+    one, other = one.state_dict(), other.state_dict()
+    return all(torch.equal(one[name], other[name]) != name.startswith(but or "-") for name in one)
+
+
+@pytest.mark.parametrize("naming", segformer.NAMINGS)
+@pytest.mark.parametrize("suffix", [".pth", ".bin", ".safetensors"])
+def test_every_tensor_of_a_published_file_is_loaded(tmp_path, suffix, naming):
+    trained, model = transformer(), transformer()
+    path = write(tensors_of(trained, naming), tmp_path / f"model{suffix}")
+    weights = pretrained.read(path)
+    assert pretrained.start_from(model, weights) == [f"starts from {path}"]
+    assert same(model, trained) and weights.variant(VARIANTS) == "tiny"
+
+
+def test_our_own_file(tmp_path):
+    trained, model = transformer(), transformer()
+    contents = {"kind": "ctclm-transformer", "model": trained.state_dict()}
+    checkpoint.save(contents, tmp_path / "best.pt")
+    pretrained.start_from(model, pretrained.read(tmp_path / "best.pt"))
+    assert same(model, trained)
+
+
+def test_files_of_half_precision_and_of_old_versions(tmp_path):
+    trained, model = transformer(), transformer()
+    halves = {k: x.half() if x.is_floating_point() else x for k, x in tensors_of(trained).items()}
+    torch.save(halves, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    pretrained.start_from(model, pretrained.read(tmp_path / "old.pth"))
+    wanted = copy.deepcopy(trained).half().float()
+    assert same(model, wanted) and model.head.classify.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_variant_is_seen(variant):
+    with torch.device("meta"):
+        state = transformer(variant).state_dict()
+    weights = pretrained.Weights("x.bin", dict(reversed(state.items())), [])
+    assert weights.of(variant, VARIANTS) is weights
+    other = "b0" if variant != "b0" else "b1"
+    with pytest.raises(UsageError, match=f"x.bin: is of variant {variant}; take --variant"):
+        weights.of(other, VARIANTS)
+
+
+# --- Other classes, other bands, no head ----------------------------------------------------------
+
+
+def test_other_classes_keep_the_rest(tmp_path):
+    path = write(tensors_of(transformer(K=150)), tmp_path / "ade.pth")
+    model = transformer(K=6)
+    before, sentences = copy.deepcopy(model), pretrained.start_from(model, pretrained.read(path))
+    assert "has 150 classes, not 6: the last layer starts from random weights" in sentences[1]
+    assert len(sentences) == 2
+    trained = pretrained.read(path).state
+    for name, tensor in model.state_dict().items():
+        kept = name.startswith("head.classify")
+        assert torch.equal(tensor, before.state_dict()[name] if kept else trained[name])
+
+
+def test_an_encoder_leaves_the_head(tmp_path):
+    """ImageNet weights: their classifier has no use, and is named."""
+    trained = transformer()
+    encoder = {
+        name.removeprefix("backbone."): tensor
+        for name, tensor in tensors_of(trained).items()
+        if name.startswith("backbone.")
+    }
+    encoder |= {"head.weight": torch.zeros(1000, 128), "head.bias": torch.zeros(1000)}
+    path, model = write(encoder, tmp_path / "mit.bin"), transformer()
+    head = copy.deepcopy(model.head)
+    _, unused, sentence = pretrained.start_from(model, pretrained.read(path))
+    assert unused == f"not used of {path}: head.weight, head.bias"
+    assert "is of an encoder: the head starts from random weights" in sentence
+    assert same(model.stages, trained.stages) and same(model.head, head)
+
+
+def test_infrared_gets_the_mean_of_the_colours(tmp_path):
+    trained, model = transformer(), transformer(in_channels=4)
+    path = write(tensors_of(trained), tmp_path / "x.bin")
+    _, sentence = pretrained.start_from(model, pretrained.read(path))
+    assert "has 3 bands, not 4: the kernels of each further band are the mean over" in sentence
+    found, colours = model.stages[0].embed.weight, trained.stages[0].embed.weight
+    assert torch.equal(found[:, :3], colours)
+    torch.testing.assert_close(found[:, 3], colours.mean(1))
+
+
+def test_bands_beyond_ours_are_left_out(tmp_path):
+    trained, model = transformer(in_channels=4), transformer()
+    path = write(tensors_of(trained), tmp_path / "x.bin")
+    _, sentence = pretrained.start_from(model, pretrained.read(path))
+    assert sentence.endswith("has 4 bands, not 3: those of the first 3 are kept")
+    assert torch.equal(model.stages[0].embed.weight, trained.stages[0].embed.weight[:, :3])
+
+
+# --- Files that are none --------------------------------------------------------------------------
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("hacked",)
+
+
+def bad_file(how, path):
+    tensors = tensors_of(transformer())
+    if how == "malicious":
+        return torch.save(tensors | {"x": Malicious()}, path)
+    if how == "a flipped bit":
+        content = bytearray(write(tensors, path).read_bytes())
+        content[len(content) // 2] ^= 1
+        return path.write_bytes(content)
+    if how == "truncated":
+        return path.write_bytes(write(tensors, path).read_bytes()[:-1000])
+    contents = {
+        "foreign": {"layers.0.0.projection.weight": torch.zeros(3)},
+        "not finite": tensors | {"backbone.norm1.weight": torch.full((32,), torch.nan)},
+        "a tensor missing": {k: x for k, x in tensors.items() if "block3.1.attn.q." not in k},
+        "another shape": tensors | {"backbone.norm1.weight": torch.zeros(31)},
+        "a head in pieces": {k: x for k, x in tensors.items() if "linear_fuse.conv" not in k},
+        "a block too many": tensors | {"backbone.block9.0.attn.q.weight": torch.zeros(3)},
+        "numbers": tensors | {"epoch": 3},
+        "a list": [torch.zeros(3)],
+        "ours": {"kind": "ctclm-transformer"},
+    }
+    if how in contents:
+        return torch.save(contents[how], path)
+    return path.write_bytes({"text": b"hello\n" * 9, "HTML": b"<html>", "empty": b""}[how])
+
+
+BAD = {
+    "malicious": "x.pth: not a file of weights, a truncated one, or one that holds more than",
+    "a flipped bit": "x.pth: damaged (the checksum of ",
+    "truncated": "x.pth: not a file of weights, a truncated one, or",
+    "text": "x.pth: not a file of weights",
+    "HTML": "x.pth: not a file of weights",
+    "empty": "x.pth: not a file of weights",
+    "foreign": "published name of SegFormer: they are called layers.0.0.projection.weight",
+    "not finite": "x.pth: the weights of backbone.norm1.weight are not finite",
+    "a tensor missing": "x.pth: has nothing for stages.2.blocks.1.attention.query.weight",
+    "another shape": "x.pth: stages.0.norm.weight would be (31,), but it takes (32,)",
+    "a head in pieces": "x.pth: its head lacks decode_head.linear_fuse.conv.weight",
+    "a block too many": "x.pth: stages.8.blocks.0.attention.query.weight has no place in",
+    "numbers": "x.pth: its entry 'epoch' is no tensor",
+    "a list": "x.pth: holds no dict of tensors",
+    "ours": "x.pth: is a checkpoint of this project: give it the ending .pt",
+}
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_a_bad_file_gets_one_sentence(tmp_path, monkeypatch, how, recwarn):
+    monkeypatch.chdir(tmp_path)
+    bad_file(how, tmp_path / "x.pth")
+    model = transformer()
+    before = copy.deepcopy(model)
+    with pytest.raises(CheckpointError) as raised:
+        pretrained.start_from(model, pretrained.read(tmp_path / "x.pth"))
+    assert BAD[how] in str(raised.value) and "\n" not in str(raised.value)
+    assert same(model, before) and not recwarn.list
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]  # nothing was executed
+
+
+def test_a_size_that_is_no_variant(tmp_path):
+    """MiT-B3 is B2 with more blocks in its third stage."""
+    deeper = Transformer(VARIANTS["tiny"]._replace(depths=(1, 1, 3, 1)), 5, 3)
+    weights = pretrained.read(write(tensors_of(deeper), tmp_path / "b3.pth"))
+    with pytest.raises(CheckpointError, match=r"is none of tiny, b0, b1, b2: .*\(1, 1, 3, 1\)"):
+        weights.variant(VARIANTS)
+
+
+def test_no_file(tmp_path):
+    for name in ("none.pth", "none.safetensors", "none.pt"):
+        with pytest.raises(CheckpointError, match=f"{name}: no such "):
+            pretrained.read(tmp_path / name)
