@@ -246,7 +246,7 @@ class Run:
                     self.ranks.agree(0)  # that rank 0 has saved
                     print(f"interrupted: saved at step {self.step}; add --resume to go on")
                     sys.exit(128 + stopped)
-                if live.is_due():
+                if not done and live.is_due():
                     live.show(diagnostics.live_line(self.step, c.steps, losses, pace))
 
     @torch.no_grad()
