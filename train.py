@@ -217,7 +217,8 @@ class Run:
         pace = Pace(c.steps - self.step, validations, guess / self.ranks.count)
         threads = 1 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
         batches = prefetch(self.windows, range(self.step, c.steps), threads)
-        board = Board(c.out / "tensorboard", self.step) if c.tensorboard else None
+        shown = c.tensorboard and self.ranks.is_first
+        board = Board(c.out / "tensorboard", self.step) if shown else None
         begin = saved = time.perf_counter()
         print(diagnostics.LEGEND)
         with cli.StopSignal(self.ranks.count > 1) as stop, LiveLine() as live:
@@ -247,7 +248,7 @@ class Run:
                     self.ranks.agree(0)  # that rank 0 has saved
                     print(f"interrupted: saved at step {self.step}; add --resume to go on")
                     sys.exit(128 + stopped)
-                if live.is_due():
+                if not done and live.is_due():
                     live.show(diagnostics.live_line(self.step, c.steps, losses, pace))
 
     @torch.no_grad()

@@ -92,12 +92,13 @@ def given(config_class, arguments: list[str], description: str = "") -> dict:
 
 def as_plain(config) -> dict:
     """A config as types that JSON has: paths are texts, tuples are lists."""
-    plain = {Path: str, tuple: list}
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    return {
-        name: next((to(v) for kind, to in plain.items() if isinstance(v, kind)), v)
-        for name, v in values.items()
-    }
+
+    def plain(value):
+        if isinstance(value, Path):
+            return str(value)
+        return list(value) if isinstance(value, tuple) else value
+
+    return {f.name: plain(getattr(config, f.name)) for f in fields(config)}
 
 
 def from_plain(config_class, plain: dict, what: str) -> dict:

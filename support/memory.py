@@ -10,6 +10,7 @@ What a training step needs most is the features that its forward pass keeps for 
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +66,12 @@ def explained(error: RuntimeError, run) -> RuntimeError | UsageError:
     text = f"out of memory: {c.batch} windows of {c.crop} x {c.crop} do not fit"
     if c.batch == 1:
         return UsageError(f"{text}; lower --crop")
-    half = c.batch // 2
-    takes = megabytes(bytes_of_step(run, half // run.ranks.count))
+    takes, half = "", c.batch // 2
+    if run.ranks.count == c.accumulate == 1:  # several would wait for one another's sums
+        with suppress(RuntimeError):  # two windows may be too many
+            takes = f" (--batch {half} takes about {megabytes(bytes_of_step(run, half))})"
     return UsageError(
-        f"{text}; lower --batch or --crop (--batch {half} takes about {takes}), or keep both with "
-        f"--accumulate {2 * c.accumulate}"
+        f"{text}; lower --batch or --crop{takes}, or keep both with --accumulate {2 * c.accumulate}"
     )
 
 

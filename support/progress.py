@@ -90,7 +90,7 @@ class Pace:
         self.steps, self.validations = steps, validations
         self.steps_per_validation, self.validation_seconds = steps_per_validation, None
         self.since_report, self.slow = Interval(0, 0.0, 0.0), 3
-        self.counted, self.counted_seconds = 0, 0.0  # steps
+        self.counted, self.counted_seconds, self.latest = 0, 0.0, 0.0  # steps; the last one
         self.mark = time.perf_counter()
 
     def lap(self) -> float:
@@ -101,6 +101,7 @@ class Pace:
     def step(self, waited: float) -> None:
         """A step has been done, which waited so many seconds for its windows."""
         seconds, so_far = self.lap(), self.since_report
+        self.latest = seconds
         self.since_report = Interval(
             so_far.steps + 1, so_far.seconds + seconds, so_far.waited + waited
         )
@@ -122,9 +123,7 @@ class Pace:
 
     def step_seconds(self) -> float:
         """Of one step."""
-        if self.counted:
-            return self.counted_seconds / self.counted
-        return self.since_report.seconds / max(1, self.since_report.steps)
+        return self.counted_seconds / self.counted if self.counted else self.latest
 
     def seconds_left(self) -> float:
         step, validation = self.step_seconds(), self.validation_seconds

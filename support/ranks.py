@@ -141,27 +141,31 @@ class Ranks:
     # --- Who does not answer ---
 
     def together(self, operation: Callable, *arguments) -> None:
-        """operation(*arguments), which waits for the other ranks; StalledError if one stays away.
-
-        A rank that waited in vain says so in the store. Who has not said it after GRACE is missing.
-        """
+        """operation(*arguments), which waits for the others; StalledError if one stays away."""
         try:
             operation(*arguments)
         except RuntimeError as error:
-            self.store.set(f"waited {self.rank}", "")
-            others = [rank for rank in range(self.count) if rank != self.rank]
-            end = time.monotonic() + GRACE
-            while len(missing := [r for r in others if not self.store.check([f"waited {r}"])]) > 1:
-                if time.monotonic() > end:
-                    break
-                time.sleep(0.1)
-            if not missing:  # everyone waits: the network
+            if not (missing := self.missing()):  # everyone waits: the network
                 raise
-            named = ", ".join(map(str, missing))
             raise StalledError(
-                f"rank {named} of {self.count} does not answer: it has ended, or it hangs for more "
-                f"than {TIMEOUT:.0f} s; find out why, then go on with --resume"
+                f"rank {', '.join(map(str, missing))} of {self.count} does not answer: it has "
+                f"ended, or it hangs for more than {TIMEOUT:.0f} s; find out why, then go on with "
+                f"--resume"
             ) from error
+
+    def missing(self) -> list[int]:
+        """The ranks that do not say in the store that they, too, have waited in vain. Some find out
+        later than others: as long as two are missing there is GRACE."""
+        others, end = {*range(self.count)} - {self.rank}, time.monotonic() + GRACE
+        try:
+            self.store.set(f"waited {self.rank}", "")
+            while True:
+                missing = [rank for rank in others if not self.store.check([f"waited {rank}"])]
+                if len(missing) < 2 or time.monotonic() > end:
+                    return missing
+                time.sleep(0.1)
+        except RuntimeError:  # without torchrun rank 0 has the store, and is gone
+            return [0]
 
 
 ALONE = Ranks()

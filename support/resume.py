@@ -32,8 +32,8 @@ def options(config) -> dict:
 
 def what_is_run(config) -> dict:
     """The options that make a run what it is, as the checkpoints have them."""
-    where = ("device", "cache", "tensorboard")
-    return {k: v for k, v in options(config).items() if k not in where}
+    how = ("device", "accumulate", "cache", "tensorboard")
+    return {k: v for k, v in options(config).items() if k not in how}
 
 
 def state_of(run) -> dict:

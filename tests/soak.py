@@ -12,7 +12,8 @@ that comes to its end is compared with one that was never disturbed, and the nex
     lost         files that had been there, and steps that a checkpoint had had
     different    finished runs whose weights, optimiser, scores or log differ in any bit
 
-It ends with 1 unless all three are 0. pytest does not collect this file.
+It ends with 1 unless all three are 0. Ctrl-C prints what there is so far. pytest does not collect
+this file.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +38,8 @@ from support import checkpoint
 from support.progress import Progress
 
 ROOT = Path(__file__).parent.parent
-# Reports, validations and saves after every second step: there is much to interrupt.
-OPTIONS = "--data folder --steps 60 --batch 2 --crop 32 --validations 30 --device cpu".split()
+# A report after every second step, a validation and a save after every sixth.
+OPTIONS = "--data folder --steps 60 --batch 2 --crop 32 --validations 10 --device cpu".split()
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 MOMENTS = ("any time", "start", "writing", "validating")
 KINDS = {"best.pt": "ctclm-transformer", "last.pt": "ctclm-training"}
@@ -161,9 +163,9 @@ def as_bytes(value):
 # --- The soak -------------------------------------------------------------------------------------
 
 
-def soak(folder: Path, kills: int, rng: random.Random) -> Counter:
+def soak(folder: Path, kills: int, rng: random.Random, counts: Counter) -> None:
     """Runs, each killed until it comes to its end, until there were so many kills."""
-    root, log, counts = folder / "data", folder / "output.txt", Counter()
+    root, log = folder / "data", folder / "output.txt"
     write_data(root)
     start(folder / "undisturbed", root, log).wait()
     wanted = result(folder / "undisturbed")
@@ -194,7 +196,6 @@ def soak(folder: Path, kills: int, rng: random.Random) -> Counter:
                 counts["lost"] += len(gone) + back
                 for text in [*bad, *gone]:
                     print(f"run {counts['finished']}, {moment}: {text}", flush=True)
-    return counts
 
 
 def main() -> int:
@@ -202,9 +203,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the signals")
     options = parser.parse_args()
-    begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        counts = soak(Path(folder), options.kills, random.Random(options.seed))
+    begin, counts = time.perf_counter(), Counter()
+    with tempfile.TemporaryDirectory() as folder, suppress(KeyboardInterrupt):
+        soak(Path(folder), options.kills, random.Random(options.seed), counts)
     for name in sorted(counts.keys() - {"unreadable", "lost", "different"}):
         print(f"{name:24} {counts[name]}")
     for name in ("unreadable", "lost", "different"):

@@ -49,6 +49,7 @@ def test_reports_leave_validations_out(clock):
         clock[0] += 0.5
         pace.step(waited=0.125)
     assert pace.report() == Interval(4, 2.0, 0.5)
+    assert pace.step_seconds() == 0.5
     clock[0] += 100
     pace.validation()
     clock[0] += 0.5
@@ -71,3 +72,13 @@ def test_only_the_first_process_shows_a_line(clock, monkeypatch):
     live = LiveLine()
     clock[0] = 100.0
     assert not live.is_due()
+
+
+def test_the_first_steps_have_a_pace_too(clock):
+    pace = Pace(3, 1, 0)
+    for _ in range(2):
+        clock[0] += 0.5
+        pace.step(waited=0.0)
+        pace.report()
+        assert pace.step_seconds() == 0.5
+    assert pace.seconds_left() == 0.5
