@@ -56,6 +56,7 @@ from support.protocols import (
 from support.raster import DataError, Rows
 from support.replay import ReplayedShapes
 from support.scenes import BatchSize, Behind, Part, blend
+from support.stretch import Stretch
 
 # --- best.pt: what people pass on -----------------------------------------------------------------
 
@@ -68,6 +69,7 @@ class About(NamedTuple):
     bands: str  # of its images: "rgb", "irrg", "rgbir"
     step: int  # of the training run
     val_miou: float  # on the validation split, in [0, 1]
+    stretch: Stretch | None = None  # of images of 16 bits
 
 
 def save_transformer(model: CTCLM, path: Path, about: About) -> None:
@@ -76,6 +78,7 @@ def save_transformer(model: CTCLM, path: Path, about: About) -> None:
     names, colours, _ = about.classes
     known = {"classes": list(names), "colours": [list(colour) for colour in colours]}
     known |= {key: getattr(about, key) for key in ("data", "bands", "step", "val_miou")}
+    known |= {"stretch": about.stretch and [list(limits) for limits in about.stretch.limits]}
     contents = {"kind": "ctclm-transformer", "config": config, "about": known}
     checkpoint.save(contents | {"model": model.transformer.state_dict()}, path)
 
@@ -92,7 +95,9 @@ def load_transformer(path: Path) -> Transformer:
     transformer.load_state_dict(contents["model"])
     classes = Classes(tuple(known["classes"]), tuple(map(tuple, known["colours"])))
     origin = (known[key] for key in ("data", "bands", "step", "val_miou"))
-    transformer.about = About(classes, *origin)
+    limits = known.get("stretch")  # older files have none
+    stretch = Stretch(tuple(map(tuple, limits))) if limits else None
+    transformer.about = About(classes, *origin, stretch)
     return transformer.eval()
 
 
@@ -316,7 +321,7 @@ def write_maps(model, config: Config, options: dict) -> None:
     (name, times), *_ = Counter(path.stem for path in config.images).most_common(1)
     cli.require(times == 1, f"two images are called {name}: map them to different folders")
     for path in config.images:  # all of them, before the first hour of work
-        rows = open_rows(path)
+        rows = open_rows(path, model.about.stretch)
         check_bands(model, config, rows.shape[2], path, rows.no_data.alpha is not None)
     if model.about.bands != "rgb":
         taken = "the images' bands are taken for these"
@@ -328,7 +333,7 @@ def write_maps(model, config: Config, options: dict) -> None:
 
 def write_map(model, path: Path, out: Path, confidence: bool, options: dict) -> None:
     """The class map of one image, an overlay, and where asked the confidence."""
-    rows = open_rows(path)
+    rows = open_rows(path, model.about.stretch)
     files = MapFiles(out, path, rows, model.about.classes, confidence)
 
     def write(top: int, pixels: np.ndarray, labels: Tensor, most: Tensor, valid) -> None:
@@ -360,7 +365,7 @@ def check_bands(model, config: Config, bands: int, what, transparency: bool = Fa
 def load_scenes(model, config: Config, split: str) -> Dataset:
     """The data set, if its classes and bands are those that the model knows."""
     options = {"cache": config.cache, "max_unknown": config.max_unknown}
-    options["bands"] = model.about.bands
+    options |= {"bands": model.about.bands, "stretch": model.about.stretch}
     dataset = load(config.data, config.root, split, config.tiles, **options)
     if dataset.classes.names != model.about.classes.names:
         raise DataError(

@@ -49,6 +49,7 @@ class Config:
     val_tiles: tuple[str, ...] = cli.option((), "validate on these tiles only, by name")
     bands: Literal["auto", *BANDS] = cli.option("auto", "where the publisher has several")
     max_unknown: float = cli.option(MAX_UNKNOWN, "share of a label whose colour may be no class")
+    stretch: tuple[float, ...] = cli.option((), "for images of 16 bits: LOW HIGH in per cent")
     cache: Path = cli.option(None, "decoded images, for several runs (OUT/cache for this one)")
     rare_class_fraction: float = cli.option(
         None, "share of windows around a pixel of a rare class (0.25 if one has under 1 %%, else 0)"
@@ -89,7 +90,7 @@ class Config:
     def saved(self) -> dict:
         """As plain types. Where to run and whether to resume are not part of what was run."""
         plain = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(self).items()}
-        plain |= {"train_tiles": list(self.train_tiles), "val_tiles": list(self.val_tiles)}
+        plain |= {key: list(plain[key]) for key in ("train_tiles", "val_tiles", "stretch")}
         return {k: v for k, v in plain.items() if k not in ("out", "resume", "device", "cache")}
 
 
@@ -259,8 +260,8 @@ class Run:
         if is_best:
             self.best = scores[deployed] | {"step": self.step} | {k: scores[k] for k in others}
             if deployed == "transformer":
-                data, (classes, _, _, bands) = self.config.data, self.val_set
-                about = About(classes, data, bands, self.step, self.best["miou"])
+                data, (classes, _, _, bands, stretch) = self.config.data, self.val_set
+                about = About(classes, data, bands, self.step, self.best["miou"], stretch)
                 save_transformer(self.model, self.config.out / "best.pt", about)
 
     def evaluate(self, dataset: Dataset) -> dict[str, dict]:
@@ -355,16 +356,15 @@ def prepare(config: Config) -> Run:
 def load_data(config: Config) -> tuple[Dataset, Dataset]:
     """The training and the validation split; raises DataError where training would be wrong."""
     options = {"cache": config.cache or config.out / "cache", "max_unknown": config.max_unknown}
-    bands = None if config.bands == "auto" else config.bands
-    train_set = load(config.data, config.root, "train", config.train_tiles, bands=bands, **options)
-    bands = train_set.bands
-    val_set = load(config.data, config.root, "val", config.val_tiles, bands=bands, **options)
+    options |= {"bands": None if config.bands == "auto" else config.bands}
+    options |= {"stretch": config.stretch}
+    train_set = load(config.data, config.root, "train", config.train_tiles, **options)
+    options |= {"bands": train_set.bands, "stretch": train_set.stretch}
+    val_set = load(config.data, config.root, "val", config.val_tiles, **options)
     both = {s.path for s in train_set.scenes} & {s.path for s in val_set.scenes}
     if both - {None}:  # toy scenes have no file
-        raise DataError(
-            f"{sorted(both)[0]}: is in the training and in the validation set; "
-            f"choose with --train-tiles and --val-tiles"
-        )
+        where = "in the training and in the validation set; choose with --val-tiles"
+        raise DataError(f"{sorted(both)[0]}: is {where}")
     for split, dataset in (("train", train_set), ("val", val_set)):
         labels = [scene.label for scene in dataset.scenes]
         if not any(label is not None and (label != IGNORE).any() for label in labels):
