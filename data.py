@@ -46,11 +46,13 @@ from PIL import Image
 from support import audit, classes, cli, toy
 from support.cache import Cache, NoCache
 from support.decode import Decoder, Pixels
+from support.images import open_16_bits
 from support.labels import CELL, MAX_UNKNOWN, absent_classes, count_cells
 from support.layouts import BANDS, IGNORE, POTSDAM, SPLITS, Classes, SplitFiles, Tile, find_split
 from support.machine import keep_freed_memory
 from support.progress import Progress
 from support.raster import DataError
+from support.stretch import Stretch, measure
 
 DATA_SETS = ("toy", "potsdam", "vaihingen", "loveda", "folder")
 
@@ -72,6 +74,7 @@ class Dataset(NamedTuple):
     scenes: list[Scene]
     notes: list[str]  # what the user should know about the files
     bands: str = "rgb"  # of the images: one of BANDS
+    stretch: Stretch | None = None  # of images of 16 bits
 
 
 def load(
@@ -83,19 +86,23 @@ def load(
     cache: Path | None = None,
     bands: str | None = None,
     max_unknown: float | None = None,
+    stretch: Stretch | tuple[float, ...] | None = None,
 ) -> Dataset:
     """All scenes of one split. `tiles` names the scenes to take instead of the split's.
 
     With a folder `cache`, files are decoded into it once and scenes hold MappedArrays. Without it
     they are decoded into memory. `bands` asks for one of BANDS where the publisher has several.
     `max_unknown` is the share of a label's pixels that may have a colour of no class (None:
-    MAX_UNKNOWN). These pixels are ignored.
+    MAX_UNKNOWN). These pixels are ignored. `stretch` takes images of 16 bits: LOW and HIGH in per
+    cent, measured here, or what was measured before.
 
     Raises DataError when anything is missing, damaged, or would be misread.
     """
     if data == "toy":
-        if root is not None or tiles or bands not in (None, "rgb"):
-            raise DataError("--data toy is made, not read: it takes no --root, no tiles, no bands")
+        if root is not None or tiles or bands not in (None, "rgb") or stretch:
+            raise DataError(
+                "--data toy is made, not read: it takes no --root, no tiles, no bands, no --stretch"
+            )
         return load_toy(split)
     if root is None:
         raise DataError(f"--data {data} needs --root, the folder that holds it")
@@ -106,7 +113,9 @@ def load(
         raise DataError(files.faults[0] + hint)
     store = NoCache() if cache is None else Cache(cache)
     max_unknown = MAX_UNKNOWN if max_unknown is None else max_unknown
-    decoder = Decoder(files.classes, files.encoding, store, max_unknown)
+    if stretch and not isinstance(stretch, Stretch):
+        stretch = measure((open_16_bits(tile.image) for tile in files.tiles), stretch)
+    decoder = Decoder(files.classes, files.encoding, store, max_unknown, stretch or None)
     with_eroded = split != "train"  # eroded labels are for scores only
     scenes, notes = [], files.gaps + files.notes
     with Progress(f"decoding the {split} split") as progress:
@@ -115,9 +124,13 @@ def load(
             scenes.append(scene)
             notes += scene_notes
             progress((index + 1) / len(files.tiles))
+    if decoder.no_data:
+        share = decoder.no_data / decoder.decoded
+        notes.append(f"{split}: no data at {share:.1%} of the pixels; their labels are ignored")
     if data == "folder":
         check_classes(split, files, scenes, notes)
-    return Dataset(files.classes, scenes, notes, common_bands(scenes, files, bands))
+    bands = common_bands(scenes, files, bands)
+    return Dataset(files.classes, scenes, notes, bands, decoder.stretch)
 
 
 def read_scene(decoder: Decoder, tile: Tile, with_eroded: bool) -> tuple[Scene, tuple[str, ...]]:
@@ -353,6 +366,7 @@ class Config:
     tiles: tuple[str, ...] = cli.option((), "audit these tiles only, by name")
     bands: Literal["auto", *BANDS] = cli.option("auto", "where the publisher has several")
     max_unknown: float = cli.option(MAX_UNKNOWN, "share of a label whose colour may be no class")
+    stretch: tuple[float, ...] = cli.option((), "for images of 16 bits: LOW HIGH in per cent")
 
     def __post_init__(self):
         audited = [name for name in DATA_SETS if name != "toy"]
@@ -378,6 +392,7 @@ def main(arguments: list[str]) -> int | None:
         splits = SPLITS if config.split == "all" else (config.split,)
         bands = None if config.bands == "auto" else config.bands
         options = {"tiles": config.tiles, "bands": bands, "max_unknown": config.max_unknown}
+        options |= {"stretch": config.stretch}
         return audit.report(audit.examine(config.data[0], config.root, splits, **options))
     if config.command == "classes":
         print("\n".join(classes.propose(Path(config.data[0]))))

@@ -58,6 +58,7 @@ from support.ranks import ALONE, Ranks, StalledError
 from support.raster import DataError, Rows
 from support.replay import replayed_on
 from support.scenes import BatchSize, Behind, Part, blend
+from support.stretch import Stretch
 
 # --- best.pt: what people pass on -----------------------------------------------------------------
 
@@ -70,12 +71,14 @@ class About(NamedTuple):
     bands: str  # of its images: "rgb", "irrg", "rgbir"
     step: int = 0  # of the training run
     val_miou: float | None = None  # on the validation split, in [0, 1]
+    stretch: Stretch | None = None  # of images of 16 bits
 
     def plain(self) -> dict:
         """As plain types, for a file; the classes are two entries."""
         names, colours, _ = self.classes
         classes = {"classes": list(names), "colours": [list(colour) for colour in colours]}
-        return classes | {key: getattr(self, key) for key in self._fields[1:]}
+        limits = self.stretch and [list(band) for band in self.stretch.limits]
+        return self._asdict() | classes | {"stretch": limits}
 
 
 def save_transformer(model: CTCLM, path: Path, about: About) -> None:
@@ -100,6 +103,7 @@ def load_transformer(path: Path) -> Transformer:
     transformer = Transformer(VARIANTS[config["variant"]], *size)
     transformer.load_state_dict(contents["model"])
     classes = Classes(tuple(known["classes"]), tuple(map(tuple, known["colours"])))
+    known["stretch"] = Stretch.of_lists(known.get("stretch"))  # older files have none
     transformer.about = About(classes, *(known[key] for key in About._fields[1:]))
     return transformer.eval()
 
@@ -332,7 +336,7 @@ def write_maps(model, config: Config, options: dict, ranks: Ranks) -> None:
     (name, times), *_ = Counter(path.stem for path in config.images).most_common(1)
     cli.require(times == 1, f"two images are called {name}: map them to different folders")
     for path in config.images:  # all of them, before the first hour of work
-        rows = open_rows(path)
+        rows = open_rows(path, model.about.stretch)
         check_bands(model, config, rows.shape[2], path, rows.no_data.alpha is not None)
     if model.about.bands != "rgb":
         taken = "the images' bands are taken for these"
@@ -344,7 +348,7 @@ def write_maps(model, config: Config, options: dict, ranks: Ranks) -> None:
 
 def write_map(model, path: Path, out: Path, confidence: bool, options: dict) -> None:
     """The class map of one image, an overlay, and where asked the confidence."""
-    rows = open_rows(path)
+    rows = open_rows(path, model.about.stretch)
     files = MapFiles(out, path, rows, model.about.classes, confidence)
 
     def write(top: int, pixels: np.ndarray, labels: Tensor, most: Tensor, valid) -> None:
@@ -375,7 +379,8 @@ def check_bands(model, config: Config, bands: int, what, transparency: bool = Fa
 
 def load_scenes(model, config: Config, split: str) -> Dataset:
     """The data set, if its classes and bands are those that the model knows."""
-    options = {"cache": config.cache, "max_unknown": config.max_unknown, "bands": model.about.bands}
+    options = {"cache": config.cache, "max_unknown": config.max_unknown}
+    options |= {"bands": model.about.bands, "stretch": model.about.stretch}
     dataset = load(config.data, config.root, split, config.tiles, **options)
     if dataset.classes.names != model.about.classes.names:
         raise DataError(

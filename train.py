@@ -54,6 +54,7 @@ class Config:
     val_tiles: tuple[str, ...] = cli.option((), "validate on these tiles only, by name")
     bands: Literal["auto", *BANDS] = cli.option("auto", "where the publisher has several")
     max_unknown: float = cli.option(MAX_UNKNOWN, "share of a label whose colour may be no class")
+    stretch: tuple[float, ...] = cli.option((), "for images of 16 bits: LOW HIGH in per cent")
     cache: Path = cli.option(None, "decoded images, for several runs (OUT/cache for this one)")
     rare_class_fraction: float = cli.option(
         None, "share of windows around a pixel of a rare class (0.25 if one has under 1 %%, else 0)"
@@ -288,8 +289,8 @@ class Run:
         if not self.ranks.is_first:
             return
         if is_best and deployed == "transformer":
-            data, (classes, _, _, bands) = self.config.data, self.val_set
-            about = About(classes, data, bands, self.step, self.best["miou"])
+            data, (classes, _, _, bands, stretch) = self.config.data, self.val_set
+            about = About(classes, data, bands, self.step, self.best["miou"], stretch)
             save_transformer(self.model, self.config.out / "best.pt", about)
         self.draw()
 
@@ -370,10 +371,11 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Run:
 def load_data(config: Config) -> tuple[Dataset, Dataset]:
     """The training and the validation split; raises DataError where training would be wrong."""
     options = {"cache": config.cache or config.out / "cache", "max_unknown": config.max_unknown}
-    bands = None if config.bands == "auto" else config.bands
-    train_set = load(config.data, config.root, "train", config.train_tiles, bands=bands, **options)
-    bands = train_set.bands
-    val_set = load(config.data, config.root, "val", config.val_tiles, bands=bands, **options)
+    options |= {"bands": None if config.bands == "auto" else config.bands}
+    options |= {"stretch": config.stretch}
+    train_set = load(config.data, config.root, "train", config.train_tiles, **options)
+    options |= {"bands": train_set.bands, "stretch": train_set.stretch}
+    val_set = load(config.data, config.root, "val", config.val_tiles, **options)
     require_trainable(train_set, val_set, config.root)
     return train_set, val_set
 

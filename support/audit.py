@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.images import ImageRows, open_rows
+from support.images import ImageRows, open_16_bits, open_rows
 from support.labels import (
     BLURRED,
     MAX_UNKNOWN,
@@ -47,6 +47,7 @@ from support.layouts import BANDS, IGNORE, SplitFiles, Tile, find_split
 from support.place import misplaced
 from support.progress import Progress
 from support.raster import DataError, header
+from support.stretch import Stretch, measure
 
 # Class shares of Potsdam's 38 tiles, in the order of its classes.
 PUBLISHED = np.array([0.296, 0.257, 0.226, 0.155, 0.018, 0.048])
@@ -81,11 +82,18 @@ class Audit(NamedTuple):
 
 
 def examine(
-    data: str, root: Path, splits, tiles=(), bands: str | None = None, max_unknown=MAX_UNKNOWN
+    data: str,
+    root: Path,
+    splits,
+    tiles=(),
+    bands: str | None = None,
+    max_unknown=MAX_UNKNOWN,
+    stretch: tuple[float, ...] = (),
 ) -> Audit:
     """Decode and check everything in these splits. Files missing from `test` are notes, not faults.
 
-    Raises DataError when `root` is no folder.
+    Images of 16 bits are seen with `stretch`, measured on the first split. Raises DataError when
+    `root` is no folder.
     """
     if not Path(root).is_dir():
         raise DataError(f"{root}: no such folder (--root must be where {data} was unpacked)")
@@ -93,6 +101,8 @@ def examine(
     for split in splits:
         try:
             files = find_split(data, root, split, tiles, bands)
+            if stretch and not isinstance(stretch, Stretch):
+                stretch = measure((open_16_bits(tile.image) for tile in files.tiles), stretch)
         except DataError as error:
             (notes if split == "test" else faults).append(str(error))
             continue
@@ -102,7 +112,7 @@ def examine(
         (notes if split == "test" else faults).extend(files.gaps)
         with Progress(f"auditing {split}") as progress:
             for index, tile in enumerate(files.tiles):
-                rows.append(examine_tile(split, tile, files, max_unknown))
+                rows.append(examine_tile(split, tile, files, max_unknown, stretch or None))
                 progress((index + 1) / len(files.tiles))
         of_split = [row for row in rows if row.split == split]
         faults += [fault for row in of_split for fault in row.faults]
@@ -120,9 +130,11 @@ def examine(
     return Audit(data, names, rows, faults, [n for n in dict.fromkeys(notes) if n not in faults])
 
 
-def examine_tile(split: str, tile: Tile, files: SplitFiles, max_unknown: float) -> TileAudit:
+def examine_tile(
+    split: str, tile: Tile, files: SplitFiles, max_unknown: float, stretch: Stretch | None = None
+) -> TileAudit:
     faults, notes, K = [], [], len(files.classes.names)
-    rows, image, one_colour = examine_image(tile.image, files.bands, faults)
+    rows, image, one_colour = examine_image(tile.image, files.bands, faults, stretch)
     same_size = tile.label and compare_sizes(tile.image, tile.label, faults)
     of_image = rows if same_size else None
     if same_size and (sentence := misplaced(tile.label, tile.image)):
@@ -174,11 +186,11 @@ def compare_sizes(image: Path, label: Path, faults: list[str]) -> bool:
     return sizes[0] == sizes[1]
 
 
-def examine_image(path: Path, bands: str, faults: list[str]):
+def examine_image(path: Path, bands: str, faults: list[str], stretch: Stretch | None):
     """Its rows, a subsampled copy (H / SAMPLING, W / SAMPLING, C), and a remark if it has only one
     colour; None, None, and a fault, if it is no photo."""
     try:
-        rows = open_rows(path)
+        rows = open_rows(path, stretch)
         H, W, C = rows.shape
         if bands and C != BANDS[bands]:
             raise DataError(f"{path}: has {C} bands, but {bands} has {BANDS[bands]}")

@@ -20,6 +20,7 @@ from support.labels import ROWS, UNKNOWN, LabelReader, count_cells
 from support.layouts import IGNORE, Classes, LabelEncoding
 from support.place import misplaced
 from support.raster import DataError
+from support.stretch import Stretch
 
 Pixels = np.ndarray | MappedArray
 
@@ -36,10 +37,14 @@ class Decoder:
     encoding: LabelEncoding
     cache: Cache | NoCache
     max_unknown: float  # share of a label's pixels that may have a colour of no class
+    stretch: Stretch | None = None  # of images of 16 bits
+    decoded: int = 0  # pixels of labels that were not in the cache
+    no_data: int = 0  # those of them where the image has no data
 
     def image(self, path: Path) -> tuple[ImageRows, Pixels]:
         """The file, and its pixels (H, W, C) uint8."""
-        name, rows = self.cache.name(path, "image"), open_rows(path)
+        rows = open_rows(path, self.stretch)
+        name = self.cache.name(path, f"image {self.stretch}" if self.stretch else "image")
         image = self.cache.find(name)
         if image is None:
             image = self.cache.store(name, rows.shape, np.uint8, row_blocks(rows))
@@ -82,6 +87,8 @@ class Decoder:
 
         pixels = self.cache.store(f"{name}.label", reader.shape, np.uint8, blocks())
         cells = np.concatenate(counts)
+        self.decoded += pixels.size
+        self.no_data += reader.no_data
         return pixels, self.cache.store(f"{name}.cells", cells.shape, cells.dtype, [cells])
 
 

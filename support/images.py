@@ -23,6 +23,7 @@ from PIL import Image
 
 from support.nodata import NoData
 from support.raster import DataError, Header, Rows, data_errors, header, read_tags
+from support.stretch import Stretch
 from support.tiff import TiffRows
 
 
@@ -70,12 +71,23 @@ TO_8_BITS = "gdal_translate -ot Byte -scale IN.tif OUT.tif"
 class ImageRows(Rows):
     """The colours of an image, by rows, and which pixels hold data."""
 
-    def __init__(self, path: Path, found: Header, stored: WholeRows | TiffRows):
-        self.stored, self.no_data = stored, NoData(path, found, stored)
+    def __init__(
+        self,
+        path: Path,
+        found: Header,
+        stored: WholeRows | TiffRows,
+        stretch: Stretch | None = None,
+    ):
+        self.stored, self.no_data, self.stretch = stored, NoData(path, found, stored), stretch
         self.colours = [band for band in range(found.bands) if band != found.alpha]
         self.shape = (found.height, found.width, len(self.colours))
 
     def read(self, top: int, bottom: int) -> np.ndarray:
+        pixels = self.read_stored(top, bottom)
+        return self.stretch.apply(pixels) if self.stretch else pixels
+
+    def read_stored(self, top: int, bottom: int) -> np.ndarray:
+        """As `read`, of the type that is stored."""
         pixels = self.stored.read(top, bottom)
         if pixels.shape[2] == len(self.colours):
             return pixels
@@ -87,21 +99,48 @@ class ImageRows(Rows):
         return self.no_data.valid(self.stored.read(top, bottom), top)
 
 
-def open_rows(path: Path) -> ImageRows:
-    """The rows of an image of three bands, or of four, the fourth infrared.
+def open_rows(path: Path, stretch: Stretch | None = None) -> ImageRows:
+    """The rows of an image of three bands, or of four, the fourth infrared; with `stretch` of one
+    of 16 bits.
 
     Raises DataError for other bands, bits or values, for an image that is stored turned, and for a
     damaged or a truncated file. Of a PNG or JPEG the damage shows only at the first read.
     """
     found = header(path)
-    check_values(path, found)
+    if stretch:
+        check_16_bits(path, found)
+    else:
+        check_values(path, found)
+    check_bands(path, found)
+    rows = ImageRows(path, found, open_stored(path, found), stretch)
+    if stretch and len(stretch.limits) != rows.shape[2]:
+        bands = f"{rows.shape[2]} bands, but the stretch is of {len(stretch.limits)}"
+        raise DataError(f"{path}: has {bands}")
+    return rows
+
+
+def open_16_bits(path: Path) -> ImageRows:
+    """To measure a stretch: `read_stored` and `valid` of an image of 16 bits."""
+    found = header(path)
+    check_16_bits(path, found)
     check_bands(path, found)
     return ImageRows(path, found, open_stored(path, found))
 
 
+def check_16_bits(path: Path, found: Header) -> None:
+    if found.bits != 16 or found.sample not in ("unsigned", "signed"):
+        raise DataError(
+            f"{path}: has {found.bits} bits per band ({found.sample}); a stretch is for 16 bits, "
+            f"and one model takes either 8 or 16"
+        )
+
+
 def check_values(path: Path, found: Header) -> None:
-    if found.bits == 16 and found.sample == "unsigned":
-        raise DataError(f"{path}: has 16 bits per band; convert it to 8 bits: {TO_8_BITS}")
+    if found.bits == 16 and found.sample != "float":
+        raise DataError(
+            f"{path}: has 16 bits per band; train.py --stretch 2 98 takes 16 bits, or convert it "
+            f"to 8: {TO_8_BITS}"
+        )
     if found.bits != 8 and not (found.format == "PNG" and found.mode == "P"):
         bits = f"{found.bits} bit{'s' if found.bits > 1 else ''}"
         raise DataError(f"{path}: has {bits} per band; convert it to 8 bits: {TO_8_BITS}")

@@ -95,6 +95,7 @@ class LabelReader:
         self.unknown, self.blurred, self.no_data = 0, 0, 0  # pixels
         self.others: Counter[tuple | int] = Counter()  # pixels of the commonest unknown colours
         self.class_of_index = self.index_table()
+        self.check_palette()
 
     def index_table(self) -> np.ndarray:
         """The class of each index 0..255 and, at -1, of NO_INDEX: (257,) uint8."""
@@ -108,6 +109,22 @@ class LabelReader:
             table[self.encoding.ignore] = IGNORE
         table[NO_INDEX] = IGNORE
         return table
+
+    def check_palette(self) -> None:
+        """DataError when an index is one class and the colour that its palette gives it another.
+
+        Programs that make a PNG small write colours as a palette, in any order.
+        """
+        colours, palette = self.encoding.colours, getattr(self.rows, "palette", [])
+        for k, value in enumerate(self.encoding.values):
+            shown = palette[value] if value < len(palette) else None
+            if shown in colours and colours[k] != shown:
+                names, other = self.classes.names, colours.index(shown)
+                raise DataError(
+                    f"{self.path}: its value {value} is {names[k]}, but has the colour of "
+                    f"{names[other]}; decode the colours: gdal_translate -expand rgb IN OUT.tif, "
+                    f'or, if the values are right, take "colours" out of classes.json'
+                )
 
     def read(self, top: int, bottom: int) -> np.ndarray:
         """Rows top..bottom-1 as (rows, W) uint8: 0..K-1, IGNORE, or UNKNOWN."""

@@ -18,10 +18,21 @@ Letters: H W pixels.
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from support.images import open_stored
 from support.nodata import as_number
-from support.raster import GDAL_NO_DATA, DataError, Rows, header, read_tags, text_of
+from support.raster import (
+    GDAL_NO_DATA,
+    PALETTE,
+    DataError,
+    Rows,
+    Tags,
+    data_errors,
+    header,
+    read_tags,
+    text_of,
+)
 
 NO_INDEX = -1  # what MaskRows has where a mask of floats or large numbers has no data
 TO_BYTES = "gdal_translate -ot Byte IN.tif OUT.tif"
@@ -51,6 +62,7 @@ class MaskRows(Rows):
         self.no_data = as_number(text_of(tags, GDAL_NO_DATA))
         size = (found.height, found.width)
         self.shape = (*size, 3) if self.coloured else size
+        self.palette = palette(path, tags) if opaque == "P" else []
 
     def read(self, top: int, bottom: int) -> np.ndarray:
         """(rows, W) int16, 0..255 or NO_INDEX; or (rows, W, 3) uint8."""
@@ -79,6 +91,15 @@ class MaskRows(Rows):
                 f"{len(values)} rows); a mask has whole numbers in 0..255"
             )
         return np.where(missing, np.int16(NO_INDEX), indices)
+
+
+def palette(path: Path, tags: Tags) -> list[tuple[int, int, int]]:
+    """The colour of each index of a palette image, 0..255 each; tags: of a TIFF."""
+    if tags:
+        values = np.array(tags[PALETTE][1] if PALETTE in tags else ()) // 256  # from 16 bits
+        return [*zip(*values.reshape(3, -1).tolist(), strict=True)]
+    with data_errors(path), Image.open(path, formats=("PNG",)) as image:
+        return [*zip(*np.reshape(image.getpalette(), (-1, 3)).T.tolist(), strict=True)]
 
 
 def read_indices(path: Path) -> np.ndarray:

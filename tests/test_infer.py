@@ -569,7 +569,7 @@ FAULTS = {
     "no root": "--data potsdam needs --root",
     "a truncated TIFF": "x.tif: is truncated (7 bytes are missing)",
     "a truncated PNG": "cut.png: is damaged",
-    "16 bits": "x.tif: has 16 bits per band; convert it to 8 bits: gdal_translate",
+    "16 bits": "x.tif: has 16 bits per band; train.py --stretch 2 98 takes 16 bits",
     "five bands": "x.tif: has 5 bands; an image has 3, or 4 with infrared",
     "infrared": "x.tif: has 4 bands, but ",
     "two pages": "x.tif: holds more than one image",

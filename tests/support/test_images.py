@@ -143,7 +143,7 @@ FAULTS = {
     "damaged deflate": "is damaged",
     "two bands": "has 2 bands; an image has 3, or 4 with infrared",
     "five bands": "has 5 bands; an image has 3, or 4 with infrared",
-    "16 bits": "has 16 bits per band; convert it to 8 bits: gdal_translate -ot Byte -scale",
+    "16 bits": "has 16 bits per band; train.py --stretch 2 98 takes 16 bits, or convert it",
     "float": "has 32 bits per band",
     "16 bit grey": "has 16 bits per band",
     "big-endian BigTIFF": "is a big-endian BigTIFF, not a PNG, JPEG or TIFF; convert it",

@@ -159,6 +159,25 @@ def test_exact_colours(tmp_path):
     assert read(path, THREE, exact(), max_unknown=0.25)[0].tolist() == [[0, 1, 2, UNKNOWN]]
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_a_palette_that_contradicts_the_indices(tmp_path, suffix):
+    """As ImageMagick and pngquant write masks of few colours."""
+    for colours, fine in (
+        (THREE.colours, True),
+        (((0, 0, 0), (9, 9, 9), (8, 8, 8)), True),
+        (((255, 0, 0), (0, 0, 0), (0, 0, 255)), False),
+    ):
+        image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+        image.putpalette([band for colour in colours for band in colour])
+        image.save(tmp_path / f"a{suffix}")
+        if fine:
+            assert read(tmp_path / f"a{suffix}", THREE, exact())[0].tolist() == [[0, 1, 2]]
+            continue
+        assert read(tmp_path / f"a{suffix}", THREE, INDICES)[0].tolist() == [[0, 1, 2]]
+        with pytest.raises(DataError, match="its value 0 is a, but has the colour of b; decode"):
+            read(tmp_path / f"a{suffix}", THREE, exact())
+
+
 def test_an_unknown_colour_of_ones_own_is_an_error(tmp_path):
     """A single pixel: the default of --max-unknown is for lossy labels of ISPRS."""
     pixels = np.zeros((200, 200, 3), np.uint8)
