@@ -442,12 +442,20 @@ class ModelConfig:
     transfer_weight: float = 1.0
     decorrelation_weight: float = 1.0  # of the penalty that keeps the shared space from collapsing
     ignore_index: int = 255  # label of pixels that do not count
+    class_weights: tuple[float, ...] | None = None  # of each class's cross entropy, in the gate too
 
     def __post_init__(self):
         if self.variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}")
         if not (1 <= self.num_classes <= self.ignore_index and self.in_channels >= 1):
             raise ValueError(f"cannot have {self.num_classes} classes, {self.in_channels} channels")
+        weights = self.class_weights
+        if weights is not None and (len(weights) != self.num_classes or min(weights) <= 0):
+            raise ValueError(f"class_weights must be {self.num_classes} positive numbers")
+
+
+def class_weights_of(config: ModelConfig) -> Tensor | None:
+    return None if config.class_weights is None else torch.tensor(config.class_weights)
 
 
 class Output(NamedTuple):
@@ -496,6 +504,7 @@ class CTCLM(nn.Module):
             nn.ModuleList(Projector(C, config.shared_dim) for C in variant.channels if config.align)
             for _ in range(2)
         )
+        self.register_buffer("class_weights", class_weights_of(config), persistent=False)
 
     def forward(self, images: Tensor) -> Output:
         """images (B, C, H, W) float, 0..255 -> Output."""
@@ -533,10 +542,11 @@ class CTCLM(nn.Module):
             temperature=c.temperature,
             kappa=c.kappa,
             ignore_index=c.ignore_index,
+            class_weights=self.class_weights,
         )
         if self.add_up is not alone:
-            n = (labels != c.ignore_index).sum()
-            share = n / self.add_up(n).clamp(min=1)
+            n = self.counted(labels)
+            share = n / self.add_up(n).clamp(min=torch.finfo(n.dtype).tiny)
             loss = CollaborativeLoss(*self.add_up(share * torch.stack(loss)).unbind())
         align, region, decorrelation = self.alignment(output, labels)
         transfer = loss.cnn_to_transformer + loss.transformer_to_cnn
@@ -555,6 +565,14 @@ class CTCLM(nn.Module):
             decorrelation=decorrelation,
             gate=loss.gate,
         )
+
+    def counted(self, labels: Tensor) -> Tensor:
+        """What each mean of CollaborativeLoss is over, (5,): summed class weights, then pixels."""
+        valid = labels != self.config.ignore_index
+        n = weight = valid.sum().float()
+        if self.class_weights is not None:
+            weight = (valid * self.class_weights[labels.long() * valid]).sum()
+        return torch.stack((weight, weight, n, n, n))
 
     def alignment(self, output: Output, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The shared space's three terms, in float32: align, region, decorrelation.

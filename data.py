@@ -266,6 +266,15 @@ def default_rare_class_fraction(scenes: list[Scene]) -> float:
     return 0.25 if ((total > 0) & (total < 0.01 * total.sum())).any() else 0.0
 
 
+def class_weights(scenes: list[Scene]) -> tuple[float, ...]:
+    """share^(-1/2) of each class, its share being that of the labelled pixels, scaled to a mean of
+    1 over these pixels. A class without pixels has 1, which multiplies nothing."""
+    total = count_classes(scenes)
+    root = np.sqrt(total / total.sum())
+    weights = np.divide(1, root * root.sum(), out=np.ones(len(root)), where=root > 0)
+    return tuple(weights.round(4).tolist())
+
+
 def count_classes(scenes: list[Scene]) -> np.ndarray:
     """Pixels of each class in all scenes, (K,) int64."""
     return sum(scene.cells.sum(axis=(0, 1), dtype=np.int64) for scene in scenes)

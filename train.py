@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from torch import nn
 
+import data
 from ctclm import CTCLM, SMALLEST_IMAGE, VARIANTS, Losses, ModelConfig, Output, ramp_up
-from data import DATA_SETS, Dataset, Scene, Windows, default_rare_class_fraction, load, prefetch
+from data import DATA_SETS, Dataset, Scene, Windows, load, prefetch
 from infer import About, evaluate, save_transformer
 from kernels import force, gate, upsample
 from kernels.distill import TRANSFERS
@@ -67,6 +68,7 @@ class Config:
     )
     crop: int = cli.option(128, "side of a window in pixels, a multiple of 32")
     lr: float = cli.option(3e-3, "highest learning rate; warm-up, then cosine to zero")
+    class_weights: Literal["off", "auto"] = cli.option("off", "auto: rare classes count for more")
     transfer: Literal[*TRANSFERS] = cli.option(
         "selective", "who teaches whom; selective: weighted by the gate at each pixel"
     )
@@ -266,7 +268,7 @@ class Run:
         if isinstance(self.model, CTCLM):
             with self.autocast:
                 projections = self.model.shared_space(self.last_output)
-            seen = opinions(self.last_output, self.last_labels.to(self.device))
+            seen = opinions(self.model, self.last_output, self.last_labels)
             row |= diagnostics.statistics(*seen, K)
             row |= diagnostics.shared_space_statistics(projections)
         for name in ("transformer", "cnn"):
@@ -289,8 +291,8 @@ class Run:
         if not self.ranks.is_first:
             return
         if is_best and deployed == "transformer":
-            data, (classes, _, _, bands, stretch) = self.config.data, self.val_set
-            about = About(classes, data, bands, self.step, self.best["miou"], stretch)
+            (classes, _, _, bands, stretch), source = self.val_set, self.config.data
+            about = About(classes, source, bands, self.step, self.best["miou"], stretch)
             save_transformer(self.model, self.config.out / "best.pt", about)
         self.draw()
 
@@ -339,8 +341,8 @@ class Run:
         """metrics.json."""
         entry = {"validation": {k: v for k, v in self.best.items() if k != "cnn"}}
         entry |= {"cnn_validation": self.best.get("cnn"), "cost": self.cost()}
-        entry |= {"training_seconds": round(self.seconds, 1)}
-        entry |= {"peak_memory_bytes": memory.peak_bytes(self.device)}
+        seconds, peak = round(self.seconds, 1), memory.peak_bytes(self.device)
+        entry |= {"training_seconds": seconds, "peak_memory_bytes": peak}
         entry |= {"machine": machine.describe(self.device)}
         if self.ranks.is_first:
             checkpoint.save_json(entry, self.config.out / "metrics.json")
@@ -359,7 +361,8 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Run:
     torch.manual_seed(config.seed)
     size = len(train_set.classes.names), train_set.scenes[0].image.shape[2]
     settings = config.encoder, config.transfer, config.align == "on"
-    model = CTCLM(ModelConfig(config.variant, *size, *settings))
+    balance = data.class_weights(train_set.scenes) if config.class_weights == "auto" else None
+    model = CTCLM(ModelConfig(config.variant, *size, *settings, class_weights=balance))
     if weights:
         print(*pretrained.start_from(model.transformer, weights), sep="\n")
     run = Run(config, model, make_windows(config, train_set.scenes, ranks=ranks), val_set, ranks)
@@ -382,9 +385,8 @@ def load_data(config: Config) -> tuple[Dataset, Dataset]:
 
 def make_windows(config: Config, scenes: list[Scene], augment=True, ranks=ALONE) -> Windows:
     """Of this process: its share of the batch."""
-    fraction = config.rare_class_fraction
-    if fraction is None:
-        fraction = default_rare_class_fraction(scenes)
+    fraction, default = config.rare_class_fraction, data.default_rare_class_fraction
+    fraction = default(scenes) if fraction is None else fraction
     size = (config.crop, ranks.share_of_batch(config.batch), config.seed, ranks.rank)
     return Windows(scenes, *size, rare_class_fraction=fraction, augment=augment)
 
@@ -398,12 +400,12 @@ def make_optimizer(model: nn.Module, lr: float, capturable: bool) -> torch.optim
     return torch.optim.AdamW(groups, lr=lr, fused=True, capturable=capturable)
 
 
-def opinions(output, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def opinions(model: CTCLM, output: Output, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Classes of the CNN and of the Transformer, the gate, and labels, (B, H, W) each."""
     logits = output.cnn_logits.float(), output.transformer_logits.float()
-    size = labels.shape[1:]
-    cnn, transformer = (upsample(z, size).argmax(1) for z in logits)
-    return cnn, transformer, gate(*logits, labels), labels
+    labels = labels.to(logits[0].device)
+    cnn, transformer = (upsample(z, labels.shape[1:]).argmax(1) for z in logits)
+    return cnn, transformer, gate(*logits, labels, class_weights=model.class_weights), labels
 
 
 @torch.no_grad()
@@ -413,7 +415,7 @@ def samples(model: CTCLM, scenes: list[Scene]) -> list[pictures.Sample]:
     device, found = next(model.parameters()).device, []
     for image, label in pictures.middles(scenes, SMALLEST_IMAGE):
         images = torch.tensor(image).to(device).permute(2, 0, 1)[None].float()
-        seen = opinions(model(images), torch.tensor(label)[None].to(device))
+        seen = opinions(model, model(images), torch.tensor(label)[None])
         cnn, transformer, r, truth = (x[0].cpu().numpy() for x in seen)
         found.append(pictures.Sample(image, truth, cnn, transformer, r))
     model.train()

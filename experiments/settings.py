@@ -27,6 +27,7 @@ from ctclm import (
     ModelConfig,
     Projector,
     Transformer,
+    class_weights_of,
     covariance_penalty,
     labelled_positions,
 )
@@ -57,6 +58,7 @@ class OneBranch(nn.Module):
         self.projectors = nn.ModuleList(
             Projector(C, config.shared_dim) for C in variant.channels if config.align
         )
+        self.register_buffer("class_weights", class_weights_of(config), persistent=False)
 
     @property
     def branches(self) -> dict[str, nn.Module]:
@@ -75,7 +77,7 @@ class OneBranch(nn.Module):
         """Cross entropy and the covariance penalty; the terms that take two branches are 0."""
         c, valid = self.config, labels != self.config.ignore_index
         mean_cross_entropy = fused_cross_entropy if labels.is_cuda else plain_cross_entropy
-        ce = mean_cross_entropy(output.logits, labels, c.ignore_index)
+        ce = mean_cross_entropy(output.logits, labels, c.ignore_index, self.class_weights)
         zero = decorrelation = ce.new_zeros(())
         projections = self.shared_space(output)
         with torch.autocast(labels.device.type, enabled=False):
@@ -87,17 +89,26 @@ class OneBranch(nn.Module):
         return Losses(**dict.fromkeys(Losses._fields, zero) | terms)
 
 
-def plain_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+def plain_cross_entropy(
+    logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None = None
+) -> Tensor:
     """Mean over the labelled pixels, of logits (B, K, H/4, W/4) at the size of labels (B, H, W)."""
     logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear")
-    values = F.cross_entropy(logits, labels.long(), ignore_index=ignore_index, reduction="none")
-    return values.sum() / (labels != ignore_index).sum().clamp(min=1)
+    valid = labels != ignore_index
+    options = {"ignore_index": ignore_index, "weight": class_weights, "reduction": "none"}
+    values = F.cross_entropy(logits, labels.long(), **options)
+    if class_weights is not None:
+        valid = valid * class_weights[labels.long().masked_fill(~valid, 0)]
+    return values.sum() / torch.where(valid.any(), valid.sum(), 1)
 
 
-def fused_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+def fused_cross_entropy(
+    logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None = None
+) -> Tensor:
     """The same from the collaborative loss, without logits at full size and without atomics. It
     computes the absent branch too: cheap on a GPU, and twice the time on a CPU."""
     absent, options = logits.detach(), {"transfer": "none", "ignore_index": ignore_index}
+    options["class_weights"] = class_weights
     return collaborative_loss(absent, logits, labels, **options).transformer_ce
 
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from kernels.choose import channels_last, refuse_second_derivative, use_triton
-from kernels.distill_rows import accumulation_dtype, rows_backward, rows_forward
+from kernels.distill_rows import accumulation_dtype, divisors, rows_backward, rows_forward
 from kernels.distill_triton import triton_backward, triton_forward
 from kernels.upsample import upsample_reference
 
@@ -65,6 +65,7 @@ def collaborative_loss(
     temperature: float = 1.0,
     kappa: float = 0.5,
     ignore_index: int = 255,
+    class_weights: Tensor | None = None,
 ) -> CollaborativeLoss:
     """Both cross entropies and both transfers, at the labels' resolution, in float32 or wider.
 
@@ -72,11 +73,14 @@ def collaborative_loss(
     the labels' size; labels (B, H, W) integer, 0..K-1 or `ignore_index`. The transfer terms are
     KL(teacher || student) = sum_k p_teacher (log p_teacher - log p_student); the teacher is
     detached. `transfer` is a key of TRANSFERS; `mutual` has weight 1 in both directions.
-    Without a valid pixel every term and every gradient is 0. Raises ValueError for shapes, types
-    and options that do not fit.
+    class_weights (K,), positive, multiply each pixel's cross entropies by that of its label, in the
+    gate too; the mean cross entropies are then weighted means. Without a valid pixel every term and
+    every gradient is 0. Raises ValueError for shapes, types and options that do not fit.
     """
     check_arguments(cnn_logits, transformer_logits, labels, transfer, temperature, kappa)
-    options = (transfer, float(temperature), float(kappa), ignore_index)
+    if class_weights is not None:
+        class_weights = class_weights.to(cnn_logits.device, accumulation_dtype(cnn_logits))
+    options = (transfer, float(temperature), float(kappa), ignore_index, class_weights)
     h, w = cnn_logits.shape[2:]
     at_a_quarter = labels.shape[1:] == (4 * h, 4 * w)
     fused = use_triton(cnn_logits, at_a_quarter and has_kernel(cnn_logits))
@@ -94,24 +98,26 @@ def collaborative_loss_reference(
     temperature: float = 1.0,
     kappa: float = 0.5,
     ignore_index: int = 255,
+    class_weights: Tensor | None = None,
 ) -> CollaborativeLoss:
     """The specification: what `collaborative_loss` must equal; for any upsampling factor."""
     valid = labels != ignore_index  # (B, H, W)
     z_c, z_t = (at_label_size(z, labels) for z in (cnn_logits, transformer_logits))  # (B, K, H, W)
     target = labels.long().masked_fill(~valid, 0)
-    maps = per_pixel(z_c, z_t, target, transfer, temperature, kappa)
-    count = valid.sum().clamp(min=1)
-    means = [torch.where(valid, m, 0).sum() / count for m in maps]  # where(): no 0 * inf
+    w = torch.ones_like(z_c[:, 0]) if class_weights is None else class_weights[target]
+    maps = per_pixel(z_c, z_t, target, w, transfer, temperature, kappa)
+    *sums, weight = (torch.where(valid, m, 0).sum() for m in (*maps, w))  # where(): no 0 * inf
+    means = (total / n for total, n in zip(sums, divisors(valid.sum(), weight), strict=True))
     return CollaborativeLoss(*means)
 
 
-def per_pixel(z_c, z_t, target, transfer, temperature, kappa) -> tuple[Tensor, ...]:
+def per_pixel(z_c, z_t, target, w, transfer, temperature, kappa) -> tuple[Tensor, ...]:
     """The terms of CollaborativeLoss at every pixel, (B, H, W) each.
 
-    z_c, z_t (B, K, H, W) at the labels' resolution, target (B, H, W) in 0..K-1.
+    z_c, z_t (B, K, H, W) at the labels' resolution, target (B, H, W) in 0..K-1, w (B, H, W).
     """
     log_p_c, log_p_t = torch.log_softmax(z_c, dim=1), torch.log_softmax(z_t, dim=1)
-    l_c, l_t = negative_log_likelihood(log_p_c, target), negative_log_likelihood(log_p_t, target)
+    l_c, l_t = (w * negative_log_likelihood(log_p, target) for log_p in (log_p_c, log_p_t))
     r = torch.sigmoid((l_t - l_c) / kappa).detach()
     weight_ct, weight_tc = (constant + slope * r for constant, slope in TRANSFERS[transfer])
     if temperature != 1:
@@ -159,13 +165,15 @@ def gate(
     *,
     kappa: float = 0.5,
     ignore_index: int = 255,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     """The gate r at every pixel, (B, H, W): near 1 where the CNN teaches, near 0 where the
     Transformer does, NaN where the label is ignored. For pictures and statistics."""
     target = labels.long().masked_fill(labels == ignore_index, 0)
     l_c = cross_entropy(at_label_size(cnn_logits, labels), target)
     l_t = cross_entropy(at_label_size(transformer_logits, labels), target)
-    return torch.sigmoid((l_t - l_c) / kappa).masked_fill(labels == ignore_index, torch.nan)
+    w = 1 if class_weights is None else class_weights[target]
+    return torch.sigmoid(w * (l_t - l_c) / kappa).masked_fill(labels == ignore_index, torch.nan)
 
 
 def check_arguments(cnn_logits, transformer_logits, labels, transfer, temperature, kappa) -> None:
@@ -208,14 +216,15 @@ def fused_loss(
     temperature: float,
     kappa: float,
     ignore_index: int,
+    class_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The four terms (4,), the gate's mean (), and what the backward pass needs."""
     on_triton = use_triton(cnn_logits, has_kernel(cnn_logits))
     compute = triton_forward if on_triton else rows_forward
-    options = (TRANSFERS[transfer], temperature, kappa, ignore_index)
+    options = (TRANSFERS[transfer], temperature, kappa, ignore_index, class_weights)
     with torch.autocast(cnn_logits.device.type, enabled=False):
         sums, saved = compute(cnn_logits, transformer_logits, labels, *options)
-    means = (sums[:5] / sums[5].clamp(min=1)).to(accumulation_dtype(cnn_logits))
+    means = (sums[:5] / divisors(*sums[5:])).to(accumulation_dtype(cnn_logits))
     return means[:4].clone(), means[4].clone(), saved
 
 
@@ -230,18 +239,19 @@ def fused_loss_backward(
     temperature: float,
     kappa: float,
     ignore_index: int,
+    class_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the CNN's and the Transformer's logits; upstream (4,) has the terms'."""
     if not use_triton(cnn_logits, has_kernel(cnn_logits)):
         return rows_backward(upstream, saved, cnn_logits.dtype)
-    options = (TRANSFERS[transfer], temperature, kappa, ignore_index)
+    options = (TRANSFERS[transfer], temperature, kappa, ignore_index, class_weights)
     return triton_backward(upstream, saved, cnn_logits, transformer_logits, labels, *options)
 
 
 @fused_loss.register_fake
 def _(cnn_logits, transformer_logits, labels, *options):
     on_triton = use_triton(cnn_logits, has_kernel(cnn_logits))
-    saved = () if on_triton else (2, 2, *cnn_logits.shape)
+    saved = (4,) if on_triton else (2, 2, *cnn_logits.shape)
     dtype = accumulation_dtype(cnn_logits)
     return tuple(cnn_logits.new_empty(shape, dtype=dtype) for shape in ((4,), (), saved))
 
@@ -252,13 +262,14 @@ def _(upstream, saved, cnn_logits, transformer_logits, labels, *options):
 
 
 def keep_for_backward(ctx, inputs, output):
-    ctx.options = inputs[3:]
-    ctx.save_for_backward(output[2], *inputs[:3])
+    ctx.options = inputs[3:7]
+    ctx.save_for_backward(output[2], *inputs[:3], inputs[7])
 
 
 def backward(ctx, upstream, _gate, _saved):
-    gradients = fused_loss_backward(upstream, *ctx.saved_tensors, *ctx.options)
-    return *gradients, None, None, None, None, None
+    *tensors, class_weights = ctx.saved_tensors
+    gradients = fused_loss_backward(upstream, *tensors, *ctx.options, class_weights)
+    return *gradients, None, None, None, None, None, None
 
 
 fused_loss.register_autograd(backward, setup_context=keep_for_backward)

@@ -17,16 +17,23 @@ from kernels.upsample import interpolation_matrix
 CHUNK = 2**19  # numbers in the 2 x B x K x R x W logits of a chunk: about what a cache holds
 
 
+def divisors(count: Tensor, weight: Tensor) -> Tensor:
+    """What makes means of the five sums, (5,): the valid pixels' summed class weights under both
+    cross entropies, their number under the rest; 1 where there is none."""
+    weight, count = torch.where(count > 0, weight, 1), count.clamp(min=1).to(weight)
+    return torch.stack((weight, weight, count, count, count))
+
+
 def accumulation_dtype(logits: Tensor) -> torch.dtype:
     """The loss is computed in float32, or in the logits' dtype where that is wider."""
     return torch.promote_types(logits.dtype, torch.float32)
 
 
 def rows_forward(
-    cnn_logits, transformer_logits, labels, weights, temperature, kappa, ignore_index
+    cnn_logits, transformer_logits, labels, weights, temperature, kappa, ignore_index, class_weights
 ) -> tuple[Tensor, Tensor]:
-    """Sums over the valid pixels, (6,) float64: the four terms, the gate, and 1. And the gradients
-    of the mean cross entropies and of the mean transfers, (2, 2, B, K, h, w).
+    """Sums over the valid pixels, (7,) float64: the four terms, the gate, 1, and class weights. And
+    the gradients of the mean cross entropies and of the mean transfers, (2, 2, B, K, h, w).
 
     `weights` is an entry of TRANSFERS: (constant, slope) of CNN teaches and of Transformer teaches.
     """
@@ -35,7 +42,7 @@ def rows_forward(
     logits = torch.stack((cnn_logits, transformer_logits)).to(dtype)  # (2, B, K, h, w)
     A, C = (interpolation_matrix(n, 4 * n, dtype, logits.device) for n in (h, w))  # (H, h), (W, w)
     gradients = logits.new_zeros(2, *logits.shape)
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums = torch.zeros(7, dtype=torch.float64)
     step = max(1, CHUNK // max(1, 2 * B * K * 16 * w))  # rows of logits in a chunk
     for first in range(0, h, step):
         last = min(first + step, h)
@@ -44,16 +51,22 @@ def rows_forward(
         buffers = logits.new_empty(2, 2, B, K, 4 * (last - first), 4 * w)
         torch.matmul(A_chunk, logits[..., reach, :] @ C.T, out=buffers[1])
         y = labels[:, None, 4 * first : 4 * last]
-        maps = pixels_and_gradients(buffers, y, weights, temperature, kappa, ignore_index)
+        options = (weights, temperature, kappa, ignore_index, class_weights)
+        maps = pixels_and_gradients(buffers, y, *options)
         sums += maps.flatten(1).sum(1)
         gradients[..., reach, :] += A_chunk.T @ buffers @ C
     sums[2:4] *= temperature**2
     gradients[1] *= temperature
-    return sums, gradients.div_(sums[5].clamp(min=1))
+    for gradient, total in zip(gradients, divisors(*sums[5:])[[0, 2]], strict=True):
+        gradient /= total
+    return sums, gradients
 
 
-def pixels_and_gradients(buffers, labels, weights, temperature, kappa, ignore_index) -> Tensor:
-    """The four terms, the gate and 1 at every pixel, zero where not valid, (6, B, 1, R, W).
+def pixels_and_gradients(
+    buffers, labels, weights, temperature, kappa, ignore_index, class_weights
+) -> Tensor:
+    """The four terms, the gate, 1 and the class weight at every pixel, zero where not valid,
+    (7, B, 1, R, W).
 
         dl/dz = p - onehot(y)      d(T^2 KL(teacher || student))/dz = T (q_student - q_teacher)
 
@@ -68,8 +81,9 @@ def pixels_and_gradients(buffers, labels, weights, temperature, kappa, ignore_in
     valid = labels != ignore_index
     m = valid.to(z.dtype)
     target = (labels * valid).long().expand(2, *labels.shape)
+    w = m if class_weights is None else m * class_weights[target[0]]
     lse = softmax_and_lse(z, out=p)
-    l_c, l_t = (lse - z.gather(2, target)).unbind()  # (B, 1, R, W) each
+    l_c, l_t = (lse - z.gather(2, target)).mul_(w).unbind()  # (B, 1, R, W) each
     r = torch.sigmoid((l_t - l_c).div_(kappa))
     weight_ct, weight_tc = (m * (constant + slope * r) for constant, slope in weights)
     if temperature == 1:
@@ -79,10 +93,10 @@ def pixels_and_gradients(buffers, labels, weights, temperature, kappa, ignore_in
         lse = softmax_and_lse(z.div_(temperature), out=q)
     cnn_teaches, transformer_teaches = divergences(q, lse, z_overwritten=z)
     maps = torch.stack(
-        (l_t, l_c, weight_ct * cnn_teaches, weight_tc * transformer_teaches, r, m)
+        (l_t, l_c, weight_ct * cnn_teaches, weight_tc * transformer_teaches, r, m, w)
     ).mul_(m)
     transfer_gradients(q, weight_ct, weight_tc, out=buffers[1])
-    p.mul_(m).scatter_add_(2, target, -m.expand_as(target))  # p - onehot(y), where valid
+    p.mul_(w).scatter_add_(2, target, -w.expand_as(target))  # w (p - onehot(y)), where valid
     return maps
 
 

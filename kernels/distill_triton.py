@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from kernels.choose import channels_last, jit, on_device_of, tl, triton
+from kernels.distill_rows import divisors
 
 CELL_ROWS = 8  # dual rows of a program
 FORWARD_LANES, BACKWARD_LANES = 128, 64  # columns of pixels of a program, 32 to a warp
@@ -91,15 +92,23 @@ def at_label(z, y, K: tl.constexpr):
 
 
 @jit
+def weight_of(class_weights_ptr, y, valid, K: tl.constexpr):
+    """The class weight of label y; nothing is read where y is no class."""
+    return tl.load(class_weights_ptr + y, mask=valid & (y >= 0) & (y < K), other=1.0)
+
+
+@jit
 def forward_kernel(
     cnn_ptr,  # (B, h, w, K)
     transformer_ptr,
     labels_ptr,  # (B, 4h, 4w)
-    sums_ptr,  # (6, programs) float32
+    class_weights_ptr,  # (K,) float32
+    sums_ptr,  # (7, programs) float32
     h,
     w,
     ignore_index,
     kappa,
+    WEIGHTED: tl.constexpr,  # by class_weights_ptr
     K: tl.constexpr,
     T: tl.constexpr,
     CT_CONSTANT: tl.constexpr,  # the weights of TRANSFERS: CNN teaches, Transformer teaches
@@ -109,7 +118,7 @@ def forward_kernel(
     LANES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Each program's sums of the four terms, the gate and 1 over its valid pixels.
+    """Each program's sums of the four terms, the gate, 1 and class weights over its valid pixels.
 
     KL(q_c || q_t) = sum_k q_c,k (z_c,k - z_t,k) / T - (log s_c - log s_t),  q = exp(z / T) / s
     """
@@ -126,6 +135,7 @@ def forward_kernel(
     sum_t, sum_c = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
     sum_ct, sum_tc = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
     sum_r, count = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
+    sum_w = tl.zeros((LANES,), tl.float32)
     for n in range(ROWS):
         cy = tile_row * ROWS + n
         above, below = corners(cy, h)
@@ -145,6 +155,10 @@ def forward_kernel(
             e_t, s_t = exponentials(z_t, 1.0, K)
             l_c = tl.log(s_c) - at_label(z_c, y, K)
             l_t = tl.log(s_t) - at_label(z_t, y, K)
+            if WEIGHTED:
+                c = weight_of(class_weights_ptr, y, valid, K)
+                l_c, l_t = c * l_c, c * l_t
+                sum_w += tl.where(valid, c, 0)
             r = tl.sigmoid((l_t - l_c) / kappa)
             if T != 1:
                 e_c, s_c = exponentials(z_c, T, K)
@@ -173,6 +187,9 @@ def forward_kernel(
     tl.store(sums_ptr + 3 * programs + at, tl.sum(sum_tc))
     tl.store(sums_ptr + 4 * programs + at, tl.sum(sum_r))
     tl.store(sums_ptr + 5 * programs + at, tl.sum(count))
+    if not WEIGHTED:
+        sum_w = count
+    tl.store(sums_ptr + 6 * programs + at, tl.sum(sum_w))
 
 
 @jit
@@ -180,12 +197,14 @@ def backward_kernel(
     student_ptr,  # (B, h, w, K)
     teacher_ptr,
     labels_ptr,  # (B, 4h, 4w)
+    class_weights_ptr,  # (K,) float32
     scale_ptr,  # (2,) float32: of the gradient of the cross entropy, of the transfer
     gradient_ptr,  # (B, h, w, K)
     h,
     w,
     ignore_index,
     kappa,
+    WEIGHTED: tl.constexpr,  # by class_weights_ptr
     K: tl.constexpr,
     T: tl.constexpr,
     CONSTANT: tl.constexpr,  # the weight of TRANSFERS for this student
@@ -239,8 +258,11 @@ def backward_kernel(
             ce_gap = tl.log(s_s) - at_label(z_s, y, K) - tl.log(s_t) + at_label(z_t, y, K)
             if STUDENT_IS_CNN:  # r = sigmoid((l_transformer - l_cnn) / kappa)
                 ce_gap = -ce_gap
-            r = tl.sigmoid(ce_gap / kappa)
             ce = tl.where(valid, scale_ce, 0)
+            if WEIGHTED:
+                c = weight_of(class_weights_ptr, y, valid, K)
+                ce_gap, ce = c * ce_gap, c * ce
+            r = tl.sigmoid(ce_gap / kappa)
             transfer = tl.where(valid, scale_transfer * (CONSTANT + SLOPE * r), 0)
             p_s = ce / s_s
             if T != 1:
@@ -282,9 +304,10 @@ def add_neighbours(to_right, to_left, CELLS: tl.constexpr):
 
 
 def triton_forward(
-    cnn_logits, transformer_logits, labels, weights, temperature, kappa, ignore_index
+    cnn_logits, transformer_logits, labels, weights, temperature, kappa, ignore_index, class_weights
 ) -> tuple[Tensor, Tensor]:
-    """Sums over the valid pixels of the four terms, the gate and 1, (6,) float64; the divisor.
+    """Sums over the valid pixels of the four terms, the gate, 1 and class weights, (7,) float64;
+    what divides the terms, (4,).
 
     `weights` is an entry of TRANSFERS: (constant, slope) of CNN teaches and of Transformer teaches.
     """
@@ -292,17 +315,22 @@ def triton_forward(
     z_c, z_t = channels_last(cnn_logits), channels_last(transformer_logits)
     lanes, rows = FORWARD_LANES, CELL_ROWS
     grid = (triton.cdiv(w + 1, lanes // 4), triton.cdiv(h + 1, rows), B)
-    sums = z_c.new_empty(6, math.prod(grid), dtype=torch.float32)
-    options = (ignore_index, kappa, K, temperature, *weights[0], *weights[1], lanes, rows)
+    sums = z_c.new_empty(7, math.prod(grid), dtype=torch.float32)
+    weighted, labels = class_weights is not None, labels.contiguous()
+    numbers = (h, w, ignore_index, kappa, weighted)
+    options = (K, temperature, *weights[0], *weights[1], lanes, rows)
     with on_device_of(z_c):
-        forward_kernel[grid](z_c, z_t, labels.contiguous(), sums, h, w, *options, num_warps=4)
+        forward_kernel[grid](
+            z_c, z_t, labels, class_weights if weighted else sums, sums, *numbers, *options,
+            num_warps=4,
+        )  # fmt: skip
     sums = sums.double().sum(1)
-    return sums, sums[5].clamp(min=1).float()
+    return sums, divisors(*sums[5:])[:4].float()
 
 
 def triton_backward(
     upstream,
-    count,
+    total,
     cnn_logits,
     transformer_logits,
     labels,
@@ -310,20 +338,23 @@ def triton_backward(
     temperature,
     kappa,
     ignore_index,
+    class_weights,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the CNN's and the Transformer's logits."""
+    """Gradients of the CNN's and the Transformer's logits; total (4,) divides the four terms."""
     K, h, w = cnn_logits.shape[1:]
     labels, z_c, z_t = labels.contiguous(), *map(channels_last, (cnn_logits, transformer_logits))
     grid = (triton.cdiv(w, BACKWARD_LANES // 4 - 1), triton.cdiv(h, CELL_ROWS), len(z_c))
-    scale = upstream / count  # on the device: nothing waits for it
+    scale = upstream / total  # on the device: nothing waits for it
+    weighted = class_weights is not None
     scale[2:] *= temperature
 
     def gradient_of(student, teacher, scale, weight, student_is_cnn):
         gradient = torch.empty_like(student)  # channels last, like every gradient here
         with on_device_of(student):
             backward_kernel[grid](
-                student, teacher, labels, scale, gradient, h, w, ignore_index, kappa,
-                K, temperature, *weight, student_is_cnn, BACKWARD_LANES, CELL_ROWS, num_warps=2,
+                student, teacher, labels, class_weights if weighted else scale, scale, gradient,
+                h, w, ignore_index, kappa, weighted, K, temperature, *weight, student_is_cnn,
+                BACKWARD_LANES, CELL_ROWS, num_warps=2,
             )  # fmt: skip
         return gradient
 

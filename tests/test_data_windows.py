@@ -9,6 +9,7 @@ import pytest
 from data import (
     Scene,
     Windows,
+    class_weights,
     default_rare_class_fraction,
     photometric_jitter,
     prefetch,
@@ -245,6 +246,15 @@ def test_rare_windows_start_by_themselves_below_a_hundredth():
     label[:, 0] = 1  # 1.6 %
     scene = Scene("s", label, label, cells=count_cells(label, 2)[..., :2])
     assert default_rare_class_fraction([scene]) == 0.0
+
+
+def test_class_weights_by_hand():
+    """16 pixels of class 0, 4 of class 1, none of class 2, and some that are ignored: shares 0.8
+    and 0.2, weights as 1 : 2, and 0.8 w + 0.2 * 2 w = 1."""
+    label = np.full((8, 8), 255, np.uint8)
+    label[:2], label[2, :4] = 0, 1
+    scene = Scene("s", label, label, cells=count_cells(label, 3)[..., :3])
+    assert class_weights([scene]) == (0.8333, 1.6667, 1.0)
 
 
 def test_every_pixel_of_the_class_is_drawn_as_often():

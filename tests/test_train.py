@@ -102,6 +102,7 @@ def test_best_is_the_best_validation(small, monkeypatch):
         train, "evaluate", lambda *a, **k: {"miou": next(values), "iou": [0.5, 0.5, 0.5]}
     )
     run_ = train.prepare(small(validations=3))
+    assert run_.model.class_weights is None
     run_.fit()
     assert (run_.best["step"], run_.best["miou"], run_.best["cnn"]["miou"]) == (4, 0.7, 0.2)
     assert load_transformer(run_.config.out / "best.pt").about.val_miou == 0.7

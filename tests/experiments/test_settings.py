@@ -1,5 +1,7 @@
 """experiments/settings.py: each control is what it says, and nothing else changes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -143,6 +145,19 @@ def test_each_setting_learns_in_half_precision(name):
         loss = model.objective(model(images), labels)
     loss.total.backward()
     assert loss.total.isfinite() and loss.total.dtype == torch.float32
+
+
+@pytest.mark.parametrize("cross_entropy", [plain_cross_entropy, fused_cross_entropy])
+def test_class_weights_of_one_branch_are_those_of_two(cross_entropy):
+    config = replace(TINY, class_weights=(0.5, 1.0, 3.0))
+    both, alone = CTCLM(config), OneBranch(replace(config, align=False), "transformer")
+    alone.transformer.load_state_dict(both.transformer.state_dict())
+    (images, labels), weights = batch(), alone.class_weights
+    labels[0, :, :30] = 255
+    ce = cross_entropy(alone(images).logits, labels, 255, weights)
+    torch.testing.assert_close(both.objective(both(images), labels).transformer_ce, ce)
+    torch.testing.assert_close(alone.objective(alone(images), labels).total, ce)
+    assert cross_entropy(alone(images).logits, torch.full_like(labels, 255), 255, weights) == 0
 
 
 def test_all_ignored_is_zero():

@@ -302,6 +302,45 @@ def test_arguments_that_cannot_be_honoured(change, sentence):
         collaborative_loss(**arguments)
 
 
+# --- Class weights --------------------------------------------------------------------------------
+
+
+def test_class_weights_by_hand():
+    """Two pixels of classes 0 and 1 with weights 3 and 1: their cross entropies are averaged as
+    3 : 1, the gate compares 3 l, and the transfer is still a mean over pixels."""
+    cnn, transformer = torch.zeros(2, 1, 2, 2, 1)  # (1, classes, pixels, 1) each
+    cnn[0, 0, 0], transformer[0, 0, 1] = 1.0, -2.0
+    labels, weights, both = torch.tensor([0, 1]), torch.tensor([3.0, 1.0]), (cnn, transformer)
+    loss = collaborative_loss_reference(*both, labels.reshape(1, 2, 1), class_weights=weights)
+    l_c = torch.tensor([math.log(1 + math.exp(-1)), math.log(2)])
+    l_t = torch.tensor([math.log(2), math.log(1 + math.exp(-2))])
+    assert loss.cnn_ce == pytest.approx(float((3 * l_c[0] + l_c[1]) / 4), rel=1e-6)
+    assert loss.transformer_ce == pytest.approx(float((3 * l_t[0] + l_t[1]) / 4), rel=1e-6)
+    r = torch.sigmoid(weights * (l_t - l_c) / 0.5)
+    assert loss.gate == pytest.approx(float(r.mean()), rel=1e-6)
+    p_c, p_t = (z[0, :, :, 0].softmax(0) for z in both)  # (classes, pixels)
+    kl = (p_c * (p_c / p_t).log()).sum(0)
+    assert loss.cnn_to_transformer == pytest.approx(float((r * kl).mean()), rel=1e-5)
+
+
+def test_equal_class_weights_are_none():
+    """But for the gate, which compares what they multiply."""
+    cnn, transformer, labels = example(2, 3, 4, 5)
+    plain = collaborative_loss(cnn, transformer, labels)
+    assert collaborative_loss(cnn, transformer, labels, class_weights=torch.ones(3)) == plain
+    twice = collaborative_loss(cnn, transformer, labels, class_weights=torch.full((3,), 2.0))
+    torch.testing.assert_close(twice.cnn_ce, plain.cnn_ce)
+    assert twice.gate != plain.gate
+
+
+def test_class_weights_in_the_gate_of_pictures():
+    cnn, transformer, labels = example(2, 3, 4, 5)
+    weights = torch.tensor([0.2, 1.0, 3.0])
+    r = gate(cnn, transformer, labels, class_weights=weights)
+    loss = collaborative_loss(cnn, transformer, labels, class_weights=weights)
+    torch.testing.assert_close(r.nanmean(), loss.gate)
+
+
 # --- Three ways to compute it ---------------------------------------------------------------------
 #
 # What the tests above see is the CPU's way, row by row. Here it and the kernels are held against
@@ -352,6 +391,8 @@ CASES = [
     ((1, 16, 1, 2), torch.int32, {"transfer": "transformer_to_cnn"}),  # the largest K
     ((1, 3, 5, 2), torch.int64, {"transfer": "cnn_to_transformer", "temperature": 3.0}),  # 3 rows
     ((1, 6, 2, 3), torch.uint8, {"transfer": "none"}),
+    ((2, 3, 2, 3), torch.int64, {"class_weights": (0.3, 2.0, 0.7)}),
+    ((1, 2, 2, 3), torch.uint8, {"class_weights": (3.0, 0.1), "temperature": 2.0}),
 ]
 # The kernels convert to float32 as they load, so half precision differs in that one line.
 TYPED_CASES = [(torch.float32, *case) for case in CASES]
@@ -368,6 +409,8 @@ def test_no_worse_than_the_reference(
     path, dtype, shape, label_dtype, options, device, small_programs, no_worse
 ):
     logits, labels = on(device, *shape, dtype, label_dtype)
+    if "class_weights" in options:
+        options = options | {"class_weights": torch.tensor(options["class_weights"]).to(device)}
     assert_no_worse(path, logits, labels, no_worse, **options)
 
 
@@ -463,7 +506,7 @@ def test_twice_the_same_bits(path, device, small_programs):
 def test_registered_with_pytorch(path, device, small_programs):
     """Fake tensors, autograd and schema agree with what the operations do."""
     logits, labels = on(device, 1, 2, 2, 3, torch.float32)
-    options = ("selective", 2.0, 0.5, 255)
+    options = ("selective", 2.0, 0.5, 255, torch.tensor([0.5, 2.0], device=device))
     # Without "test_aot_dispatch_dynamic": the interpreter wants numbers for sizes.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     with force(path):

@@ -110,7 +110,8 @@ from support.ranks import Ranks
 ranks.TIMEOUT = 4.0
 root, out = sys.argv[1:]
 together = Ranks.join()
-config = train.Config(data="folder", root=root, batch=4, crop=64, out=train.Path(out), device="cpu")
+options = {"batch": 4, "crop": 64, "device": "cpu", "class_weights": "auto"}
+config = train.Config(data="folder", root=root, out=train.Path(out), **options)
 run = train.prepare(config, together)
 found = {"scores": run.evaluate(run.val_set)["transformer"]["confusion_matrix"]}
 run.clip_gradients = lambda: torch.ones(3)
@@ -129,7 +130,9 @@ run.train_step(*batch)
 def test_two_halves_are_a_whole_and_a_stalled_rank_is_named(small, tmp_path):
     """The same losses and gradients to rounding, though the halves differ in labelled pixels: the
     mean of the ranks' means would not do. Then rank 1 no longer answers, and rank 0 ends."""
-    alone = train.prepare(small(batch=4, crop=64, out=tmp_path / "alone"))
+    options = {"batch": 4, "crop": 64, "class_weights": "auto"}
+    alone = train.prepare(small(out=tmp_path / "alone", **options))
+    assert len(set(alone.model.config.class_weights)) > 1
     scores = alone.evaluate(alone.val_set)["transformer"]["confusion_matrix"]
     alone.clip_gradients = lambda: torch.ones(3)
     images, labels = alone.windows.batch(0)
