@@ -144,12 +144,13 @@ def loss_builds(arch: int) -> list[Build]:
     logits = ("cnn", "transformer", "student", "teacher", "gradient")
     types = {f"{name}_ptr": "*bf16" for name in logits}
     types |= {"labels_ptr": "*i64", "sums_ptr": "*fp32", "scale_ptr": "*fp32", "kappa": "fp32"}
+    types["class_weights_ptr"] = "*fp32"
     found = []
-    sizes = [(7, 1.0, False), (7, 2.0, True)]
+    sizes = [(7, 1.0, False), (7, 2.0, True)]  # the second with class weights too
     # The largest K compiles for half a minute; sm 80 has most registers in use: 225, others 218.
     sizes += [(16, 1.0, False)] * (arch == 80)
     for K, T, ragged in sizes:
-        constants = {"K": K, "T": T, "ROWS": CELL_ROWS}
+        constants = {"K": K, "T": T, "ROWS": CELL_ROWS, "WEIGHTED": T != 1}
         forward = constants | {"LANES": FORWARD_LANES}
         forward |= dict(zip(("CT_CONSTANT", "CT_SLOPE"), to_transformer, strict=True))
         forward |= dict(zip(("TC_CONSTANT", "TC_SLOPE"), to_cnn, strict=True))
