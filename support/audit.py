@@ -121,6 +121,8 @@ def examine(
         absent = absent_classes(files.classes, files.encoding, total, ignored)
         if absent and any(total):
             unfit = data == "folder" and split == "train"
+            if data != "folder":
+                absent = absent.partition(";")[0]  # the rest is about classes.json
             (faults if unfit else notes).append(f"{split}: {absent}")
     if data in ("potsdam", "vaihingen") and rows:
         faults += swapped_images(rows, files.bands)
