@@ -1,9 +1,6 @@
 """masks.py: whole numbers of any type are read, and what may be two things is refused."""
 
-import importlib.util
-import os
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -151,18 +148,12 @@ for path in sys.argv[1:]:
 """
 
 
-def test_masks_that_gdal_writes_are_read_as_gdal_reads_them(tmp_path):
-    """In this Python or in that which RASTERIO_PYTHON names: neither we nor our tests need it."""
-    python = os.environ.get("RASTERIO_PYTHON")
-    if not python and importlib.util.find_spec("rasterio"):
-        python = sys.executable
-    if not python:
-        pytest.skip("rasterio is not installed, and RASTERIO_PYTHON names no Python that has it")
-    made = subprocess.run([python, "-c", MAKE, tmp_path], capture_output=True, text=True)
+def test_masks_that_gdal_writes_are_read_as_gdal_reads_them(tmp_path, rasterio_python):
+    made = subprocess.run([rasterio_python, "-c", MAKE, tmp_path], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     paths = sorted(tmp_path.glob("*.tif"))
     assert len(paths) == 28
-    subprocess.run([python, "-c", ASK, *paths], check=True, capture_output=True)
+    subprocess.run([rasterio_python, "-c", ASK, *paths], check=True, capture_output=True)
     for path in paths:
         assert np.array_equal(read_indices(path), np.load(f"{path}.npy")), path
         assert np.array_equal(MaskRows(path).read(20, 41), np.load(f"{path}.npy")[20:41]), path

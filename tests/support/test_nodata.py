@@ -1,10 +1,8 @@
 """nodata.py: everything that says "nothing here" is heard, and nothing else is."""
 
-import importlib.util
 import os
 import struct
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -286,22 +284,14 @@ copy(f"{folder}/mask.tif", f"{folder}/cog.tif", driver="COG", blocksize=128)
 """
 
 
-def rasterio_python():
-    """This Python or that which RASTERIO_PYTHON names: neither we nor our tests need rasterio."""
-    python = os.environ.get("RASTERIO_PYTHON")
-    if not python and importlib.util.find_spec("rasterio"):
-        python = sys.executable
-    if not python:
-        pytest.skip("rasterio is not installed, and RASTERIO_PYTHON names no Python that has it")
-    return python
-
-
-def test_rasterio_finds_no_data_at_the_same_pixels_of_our_files(tmp_path, write_tiff):
+def test_rasterio_finds_no_data_at_the_same_pixels_of_our_files(
+    tmp_path, write_tiff, rasterio_python
+):
     paths = []
     for number, source in enumerate(SOURCES):
         (tmp_path / str(number)).mkdir()
         paths.append(written(source, tmp_path / str(number), write_tiff))
-    subprocess.run([rasterio_python(), "-c", ASK, *paths], check=True, capture_output=True)
+    subprocess.run([rasterio_python, "-c", ASK, *paths], check=True, capture_output=True)
     differ = {
         source
         for source, path in zip(SOURCES, paths, strict=True)
@@ -312,13 +302,13 @@ def test_rasterio_finds_no_data_at_the_same_pixels_of_our_files(tmp_path, write_
     assert differ == {tile_never_written, tile_never_written_in_any_plane} | infrared
 
 
-def test_files_that_gdal_writes_are_read_as_gdal_reads_them(tmp_path):
+def test_files_that_gdal_writes_are_read_as_gdal_reads_them(tmp_path, rasterio_python):
     (y, x), valid = np.mgrid[:200, :300], np.ones((200, 300), bool)
     pixels = np.stack([1 + y, 250 - x // 2, 30 + (x + y) // 3], axis=-1).astype(np.uint8)
     valid[:70, :100] = valid[150:, 210:] = False
     pixels[~valid] = 0
     np.savez(tmp_path / "data.npz", pixels=pixels, valid=valid)
-    command = [rasterio_python(), "-c", MAKE, tmp_path, tmp_path / "data.npz"]
+    command = [rasterio_python, "-c", MAKE, tmp_path, tmp_path / "data.npz"]
     made = subprocess.run(command, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     paths = [*tmp_path.glob("*.tif"), *tmp_path.glob("*.png")]
