@@ -217,7 +217,7 @@ def test_a_mask_of_another_size_is_refused(tmp_path, write_tiff):
 def test_infrared_that_is_declared_as_alpha_is_doubted(tmp_path, write_tiff):
     rows = open_rows(write_tiff(tmp_path / "x.tif", picture(0, 4), tags={338: (3, [2])}))
     rows.valid(0, 32)
-    assert "if it is infrared, gdal_translate -co ALPHA=NO" in rows.no_data.doubt()
+    assert "if it is infrared: gdal_translate -co ALPHA=NO" in rows.no_data.doubt()
 
 
 @pytest.mark.parametrize("cached", [False, True])
