@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from support.images import ImageRows, open_16_bits, open_rows
+from support.images import open_16_bits, open_rows
 from support.labels import (
     BLURRED,
     MAX_UNKNOWN,
@@ -67,6 +67,7 @@ class TileAudit(NamedTuple):
     image: str  # size, mode, bands and bits
     label: str
     pixels: np.ndarray  # of each class, ignored, of no class: (K + 2,)
+    no_data: tuple[int, int]  # pixels of the image without data, of how many that were looked at
     sums: np.ndarray  # of the image's values over each class: (K, C)
     counts: np.ndarray  # of the pixels in `sums`: (K,)
     faults: list[str]
@@ -117,10 +118,16 @@ def examine(
         of_split = [row for row in rows if row.split == split]
         faults += [fault for row in of_split for fault in row.faults]
         notes += [note for row in of_split for note in row.notes]
+        if without := [row.no_data for row in of_split if row.no_data[0]]:
+            missing, seen = np.sum(without, axis=0)
+            where = f"{missing / seen:.1%} of the pixels of {len(without)} of the {len(of_split)}"
+            notes.append(f"{split}: no data at {where} tiles; their labels are ignored")
         *total, ignored, _ = sum(row.pixels for row in of_split).tolist()
         absent = absent_classes(files.classes, files.encoding, total, ignored)
         if absent and any(total):
             unfit = data == "folder" and split == "train"
+            if data != "folder":
+                absent = absent.partition(";")[0]  # the rest is about classes.json
             (faults if unfit else notes).append(f"{split}: {absent}")
     if data in ("potsdam", "vaihingen") and rows:
         faults += swapped_images(rows, files.bands)
@@ -152,8 +159,8 @@ def examine_tile(
         faults.append(f"{tile.image}: {one_colour}")
     elif empty:
         faults.append(f"{tile.label}: every pixel is ignored, there is nothing to learn from")
-    if rows and (said := no_data_note(tile.image, rows)):
-        notes.append(said)
+    if rows and (doubt := rows.no_data.doubt()):
+        notes.append(f"{tile.image}: {doubt}")
     sums, counts = np.zeros((K, 1 if image is None else image.shape[2])), np.zeros(K, int)
     if label is not None:
         if files.encoding.corners and (fault := swapped_label(tile.label, pixels[:K])):
@@ -162,7 +169,8 @@ def examine_tile(
             for k in range(K):
                 sums[k], counts[k] = image[label == k].sum(0, dtype=float), (label == k).sum()
     described = describe_file(tile.image), describe_file(tile.label)
-    return TileAudit(split, tile, *described, pixels, sums, counts, faults, notes)
+    no_data = (rows.no_data.missing, rows.no_data.seen) if rows else (0, 0)
+    return TileAudit(split, tile, *described, pixels, no_data, sums, counts, faults, notes)
 
 
 def describe_file(path: Path | None) -> str:
@@ -223,12 +231,6 @@ def looks_like_a_label(pixels: np.ndarray) -> bool:
     bright = pixels[..., :3] > 127
     saturated = near & bright.any(axis=-1) & ~bright.all(axis=-1)
     return near.mean() > CORNERS and saturated.mean() > SATURATED
-
-
-def no_data_note(path: Path, rows: ImageRows) -> str:
-    """The share of pixels without data, where there are some."""
-    share = rows.no_data.share()
-    return f"{path}: no data at {share:.1%} of the pixels{rows.no_data.doubt()}" if share else ""
 
 
 def examine_label(

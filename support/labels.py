@@ -85,12 +85,15 @@ class LabelReader:
         """image: what the label is of; where it has no data the label is ignored."""
         self.path, self.classes, self.encoding, self.image = path, classes, encoding, image
         if encoding.corners:
-            self.rows, self.decode = open_rows(path), self.decode_corners
+            self.rows = open_rows(path)
+            self.decode, self.explain = self.decode_corners, self.unknown_corners
             if self.rows.shape[2] != 3:
                 raise DataError(f"{path}: has {self.rows.shape[2]} bands; a label has three")
         else:
             self.rows = MaskRows(path)
-            self.decode = self.decode_exact if self.rows.coloured else self.decode_indices
+            self.decode, self.explain = self.decode_indices, self.unknown_indices
+            if self.rows.coloured:
+                self.decode, self.explain = self.decode_exact, self.unknown_colours
         self.shape = self.rows.shape[:2]
         self.unknown, self.blurred, self.no_data = 0, 0, 0  # pixels
         self.others: Counter[tuple | int] = Counter()  # pixels of the commonest unknown colours
@@ -170,18 +173,12 @@ class LabelReader:
                 f"{self.path}: {self.blurred / pixels:.0%} of it is far from every class's colour; "
                 f"it looks like a photograph or an overlay, not like a label"
             )
-        if self.decode == self.decode_indices:
+        if self.explain == self.unknown_indices:
             max_unknown = 0
-        elif self.decode == self.decode_exact and max_unknown == MAX_UNKNOWN:
+        elif not self.encoding.corners and max_unknown == MAX_UNKNOWN:
             max_unknown = 0  # the default is for lossy labels of ISPRS
         if self.unknown > max_unknown * pixels:
-            share = self.unknown / pixels
-            what = {
-                self.decode_corners: self.unknown_corners,
-                self.decode_exact: self.unknown_colours,
-                self.decode_indices: self.unknown_indices,
-            }[self.decode](share)
-            raise DataError(f"{self.path}: {what}")
+            raise DataError(f"{self.path}: {self.explain(self.unknown / pixels)}")
 
     def unknown_corners(self, share: float) -> str:
         return (

@@ -82,7 +82,8 @@ class MapFiles:
         if self.declared:
             share = self.counts[IGNORE] / (H * W)
             text += f"\n  no data at {share:.1%} of the pixels: {IGNORE} in the map"
-            text += self.rows.no_data.doubt()
+            if doubt := self.rows.no_data.doubt():
+                text += f"; {doubt}"
         if self.place.lost:
             text += f"\n  its place is not carried to the map from: {', '.join(self.place.lost)}"
         return text

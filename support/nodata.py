@@ -87,12 +87,12 @@ class NoData:
         return self.missing / max(1, self.seen)
 
     def doubt(self) -> str:
-        """ "; its alpha may be infrared ..." after rows were looked at; "" where it looks sound."""
+        """After rows were looked at: a sentence if alpha may be infrared, else ""."""
         if self.partial <= LIKE_INFRARED * self.seen:
             return ""
         return (
-            "; its last band is declared as transparency, but varies like an image: if it is "
-            f"infrared, {NO_ALPHA}"
+            "its last band is declared as transparency, but varies like an image; if it is "
+            f"infrared: {NO_ALPHA}"
         )
 
     def stamp(self) -> str:

@@ -252,16 +252,17 @@ def tiff_header(tags: Tags, big: bool) -> Header:
     compression = first_value(tags, COMPRESSION, 1)
     planar = bands > 1 and first_value(tags, PLANAR, 1) == 2
     extra = [*tags[EXTRA_BANDS][1]] if EXTRA_BANDS in tags else []
-    mode = PHOTOMETRICS.get(photometric, {1: "L", 2: "LX", 3: "RGB", 4: "RGBX"}.get(bands, ""))
+    alpha = next((bands - len(extra) + i for i, kind in enumerate(extra) if kind in (1, 2)), None)
+    colours = bands - (alpha is not None)
+    mode = PHOTOMETRICS.get(photometric, {1: "L", 2: "LX", 3: "RGB", 4: "RGBX"}.get(colours, ""))
     if photometric == 0:
         mode = "inverted L"
     elif mode == "YCbCr" and compression == 7 and bands == 3 and not planar:
         mode = "RGB"  # the JPEG decoder converts it
-    elif mode == "RGB" and bands == 4:
+    elif mode == "RGB" and colours == 4:
         mode = "RGBX"
-    alpha = next((bands - len(extra) + i for i, kind in enumerate(extra) if kind in (1, 2)), None)
     if alpha is not None:
-        mode = (mode if bands > 4 else mode.replace("X", "")) + "A"
+        mode += "A"
     formats = {*tags[SAMPLE_FORMAT][1]} if SAMPLE_FORMAT in tags else {1}
     return Header(
         "TIFF",

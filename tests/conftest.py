@@ -1,9 +1,11 @@
 """What every test shares."""
 
+import importlib.util
 import inspect
 import json
 import os
 import struct
+import sys
 import zlib
 from functools import cache
 from itertools import chain
@@ -91,6 +93,18 @@ def no_worse():
         assert error <= 2 * allowed + slack, f"{name}: error {error:.2e}, PyTorch's {allowed:.2e}"
 
     return check
+
+
+@pytest.fixture
+def rasterio_python():
+    """A Python with rasterio, the oracle: this one, or that which RASTERIO_PYTHON names. Neither
+    the software nor its other tests need it."""
+    python = os.environ.get("RASTERIO_PYTHON")
+    if not python and importlib.util.find_spec("rasterio"):
+        python = sys.executable
+    if not python:
+        pytest.skip("rasterio is not installed, and RASTERIO_PYTHON names no Python that has it")
+    return python
 
 
 @pytest.fixture

@@ -371,12 +371,14 @@ def test_no_data_is_a_note_with_its_share(run, tmp_path, write_folder, write_tif
     path = root / "train/images/x.png"
     save(path, pixels)
     code, out = run("folder", "--root", root)
-    assert code == 0 and "x.png: no data at 25.0% of the pixels\n" in out
+    what = "train: no data at 25.0% of the pixels of 1 of the 2 tiles; their labels are ignored"
+    assert code == 0 and f"note: {what}\n" in out
     (row,) = [line for line in out.splitlines() if line.startswith("train x")]
     assert float(row.split()[-2]) == 25.0
     pixels[..., 3] = pixels[..., 0]  # infrared that a program has declared as transparency
     save(path, pixels)
-    assert "if it is infrared, gdal_translate -co ALPHA=NO" in run("folder", "--root", root)[1]
+    _, out = run("folder", "--root", root)
+    assert "x.png: its last band is declared as transparency, but varies like an image; if" in out
 
 
 def test_a_mask_that_lies_elsewhere_is_a_fault_of_the_audit_and_of_training(

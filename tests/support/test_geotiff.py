@@ -1,11 +1,5 @@
 """geotiff.py: what is written can be read back, at the same place, and is whole or not there."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -173,48 +167,6 @@ def test_world_files_take_the_maps_name(tmp_path, scene, side, expected):
 def test_an_image_without_a_place_gets_none(tmp_path, write_tiff):
     scene = write_tiff(tmp_path / "scene.tif", noise(20, 30, 3))
     assert georeference(scene) == ({}, {}, ())
-
-
-QUESTION = """
-import json, sys, rasterio
-for path in sys.argv[1:]:
-    with rasterio.open(path) as file:
-        found = [list(file.transform), str(file.crs), file.nodata, file.count, file.shape]
-        print(json.dumps(found))
-"""
-
-
-def test_rasterio_finds_scene_and_map_at_the_same_place(tmp_path, write_tiff):
-    """In this Python or in that which RASTERIO_PYTHON names: neither we nor our tests need it."""
-    python = os.environ.get("RASTERIO_PYTHON")
-    if not python and importlib.util.find_spec("rasterio"):
-        python = sys.executable
-    if not python:
-        pytest.skip("rasterio is not installed, and RASTERIO_PYTHON names no Python that has it")
-    write_tiff(tmp_path / "tags.tif", noise(20, 30, 3), tags=GEO | NO_DATA)
-    write_tiff(tmp_path / "world.tif", noise(20, 30, 3))
-    (tmp_path / "world.tfw").write_bytes(WORLD)
-    Image.fromarray(noise(20, 30, 3)).save(tmp_path / "png.png")
-    (tmp_path / "png.pgw").write_bytes(WORLD)
-    paths = []
-    for name in ("tags.tif", "world.tif", "png.png"):
-        scene, written = tmp_path / name, tmp_path / f"map_{name}"
-        write(written, noise(20, 30) % 6, (0,), colours=POTSDAM.colours, place=georeference(scene))
-        paths += [scene, written]
-    asked = subprocess.run([python, "-c", QUESTION, *paths], capture_output=True, check=True)
-    answers = [json.loads(line) for line in asked.stdout.splitlines()]
-    for scene, written in zip(answers[::2], answers[1::2], strict=True):
-        assert scene[0] == written[0] and scene[1] == written[1] and scene[4] == written[4]
-        assert scene[0][:6] == [
-            0.05,
-            0,
-            pytest.approx(366979.4),
-            0,
-            -0.05,
-            pytest.approx(5808017.25),
-        ]
-        assert written[2] is None and written[3] == 1
-    assert answers[0][1] == "EPSG:25833"
 
 
 def test_a_written_map_is_an_ordinary_tiff(tmp_path):

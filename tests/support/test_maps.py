@@ -1,5 +1,7 @@
 """maps.py: the files of a map say where the image has no data."""
 
+import subprocess
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -72,3 +74,21 @@ def test_an_interrupted_map_leaves_no_file(tmp_path):
         with MapFiles(tmp_path, tmp_path / "x.png", rows, CLASSES, confidence=True):
             raise KeyboardInterrupt
     assert [*tmp_path.iterdir()] == [tmp_path / "x.png"]
+
+
+ASK = """
+import sys, numpy, rasterio
+for path in sys.argv[1:]:
+    with rasterio.open(path) as file:
+        numpy.save(path + ".npy", file.dataset_mask() > 0)
+"""
+
+
+def test_rasterio_finds_no_data_where_the_image_has_none(tmp_path, rasterio_python):
+    for suffix in (".tif", ".png"):
+        write_map(tmp_path, suffix)
+    paths = [*tmp_path.glob("x_c*.tif"), *tmp_path.glob("x_c*.png")]
+    assert len(paths) == 4
+    subprocess.run([rasterio_python, "-c", ASK, *paths], check=True, capture_output=True)
+    for path in paths:
+        assert np.array_equal(np.load(f"{path}.npy"), VALID), path

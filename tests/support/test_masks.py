@@ -1,5 +1,7 @@
 """masks.py: whole numbers of any type are read, and what may be two things is refused."""
 
+import subprocess
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -116,6 +118,45 @@ def test_colours(tmp_path, write_tiff):
         rows = MaskRows(tmp_path / name)
         assert rows.coloured and rows.shape == (20, 30, 3)
         assert np.array_equal(rows.read(3, 9), pixels[3:9])
+
+
+MAKE = """
+import sys, numpy, rasterio
+folder = sys.argv[1]
+values = (numpy.arange(70 * 90).reshape(70, 90) * 7 % 100).astype("uint8")
+def make(name, dtype="uint8", most=100, **options):
+    settings = dict(driver="GTiff", width=90, height=70, count=1, dtype=dtype) | options
+    with rasterio.open(f"{folder}/{name}.tif", "w", **settings) as file:
+        file.write((values % most).astype(dtype), 1)
+tiled = dict(tiled=True, blockxsize=32, blockysize=16)
+for dtype in ("uint8", "int16", "uint16", "int32", "uint32", "float32", "float64"):
+    make(dtype, dtype)
+    predictor = 3 if "float" in dtype else 2
+    make(f"{dtype}_tiles", dtype, compress="deflate", predictor=predictor, **tiled)
+    predictor = 1 if "float" in dtype else 2  # GDAL does not read its own big-endian 3
+    make(f"{dtype}_lzw", dtype, compress="lzw", predictor=predictor, endianness="big")
+for bits in (1, 2, 4):
+    make(f"bits_{bits}", nbits=bits, most=2**bits)
+    make(f"bits_{bits}_tiles", nbits=bits, most=2**bits, compress="packbits", **tiled)
+make("big", "int32", BIGTIFF="YES", compress="zstd", **tiled)
+"""
+ASK = """
+import sys, numpy, rasterio
+for path in sys.argv[1:]:
+    with rasterio.open(path) as file:
+        numpy.save(path + ".npy", file.read(1))
+"""
+
+
+def test_masks_that_gdal_writes_are_read_as_gdal_reads_them(tmp_path, rasterio_python):
+    made = subprocess.run([rasterio_python, "-c", MAKE, tmp_path], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    paths = sorted(tmp_path.glob("*.tif"))
+    assert len(paths) == 28
+    subprocess.run([rasterio_python, "-c", ASK, *paths], check=True, capture_output=True)
+    for path in paths:
+        assert np.array_equal(read_indices(path), np.load(f"{path}.npy")), path
+        assert np.array_equal(MaskRows(path).read(20, 41), np.load(f"{path}.npy")[20:41]), path
 
 
 # --- Refused --------------------------------------------------------------------------------------

@@ -1,11 +1,8 @@
 """place.py: where an image lies is carried to its map, compared with its mask, or named as lost."""
 
-import importlib.util
 import json
-import os
 import re
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -113,19 +110,13 @@ for path in sys.argv[1:]:
 """
 
 
-def test_rasterio_finds_scene_and_map_at_the_same_place(tmp_path, write_tiff):
-    """In this Python or in that which RASTERIO_PYTHON names: neither we nor our tests need it."""
-    python = os.environ.get("RASTERIO_PYTHON")
-    if not python and importlib.util.find_spec("rasterio"):
-        python = sys.executable
-    if not python:
-        pytest.skip("rasterio is not installed, and RASTERIO_PYTHON names no Python that has it")
+def test_rasterio_finds_scene_and_map_at_the_same_place(tmp_path, write_tiff, rasterio_python):
     scenes = [
         write_scene(tmp_path / str(number), *scene, write_tiff)
         for number, scene in enumerate(SCENES.values())
     ]
     paths = [path for scene in scenes for path in (scene, write_map(scene))]
-    asked = subprocess.run([python, "-c", ASK, *paths], capture_output=True, text=True)
+    asked = subprocess.run([rasterio_python, "-c", ASK, *paths], capture_output=True, text=True)
     assert asked.returncode == 0, asked.stderr
     answers = [json.loads(line) for line in asked.stdout.splitlines()]
     nowhere = [[0, 1, 0, 0, 0, 1], "None", "None", None, []]
