@@ -90,6 +90,8 @@ class Config:
         cli.require(self.crop % 32 == 0, f"--crop must be a multiple of 32; got {self.crop}")
         # A single position at stride 32 has no variance.
         cli.require(self.batch * self.crop**2 > 32**2, "--batch 1 needs --crop 64 or more")
+        fits = self.accumulate <= self.batch
+        cli.require(fits, f"--accumulate {self.accumulate} is more than --batch {self.batch}")
         # Said before the training scenes are made.
         cli.require(self.data != "toy" or not self.val_tiles, "--data toy has no tiles to choose")
         for name in ("rare_class_fraction", "max_unknown"):

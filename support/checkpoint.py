@@ -85,7 +85,7 @@ def write(data: bytes, path: Path, before: Path | None = None) -> None:
 
 
 def megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+    return f"{size / 1e6:,.1f} MB" if size > 1e5 else f"{size / 1e6:.6f} MB"
 
 
 def save(contents: dict, path: Path, before: Path | None = None) -> None:
