@@ -83,7 +83,6 @@ class Config:
     tensorboard: bool = cli.option(False, "write OUT/tensorboard too, where TensorBoard is")
 
     def __post_init__(self):
-        # The last step is always validated.
         for name in ("steps", "batch", "accumulate", "crop", "lr", "validations"):
             value = getattr(self, name)
             cli.require(value > 0, f"{cli.flag(name)} must be positive; got {value}")
@@ -353,7 +352,8 @@ class Run:
 
 def prepare(config: Config, ranks: Ranks = ALONE) -> Run:
     """The run that the options describe: folder, data, model, and what a resumed one has done."""
-    starts = config.pretrained and not config.resume  # a resumed run goes on from its own weights
+    goes_on = config.resume and ranks.from_first(lambda: checkpoint.was_saved(config.out))
+    starts = config.pretrained and not goes_on  # a run that goes on has weights of its own
     weights = starts and pretrained.read(config.pretrained).of(config.variant, VARIANTS)
     ranks.share_of_batch(config.batch)  # or a UsageError, before anything is made
     ranks.from_first(lambda: checkpoint.prepare_folder(config.out, config.resume))

@@ -147,7 +147,7 @@ def prepare_folder(out: Path, resume: bool) -> None:
 
 def require_run(out: Path) -> None:
     """UsageError unless a run was started in the folder."""
-    started = any((out / name).exists() for name in ("config.json", NEWEST, BEFORE))
+    started = (out / "config.json").exists() or was_saved(out)
     require(started, f"{out}: has no config.json, so there is nothing to resume")
 
 
@@ -169,13 +169,18 @@ def save_newest(contents: dict, out: Path) -> None:
     save(contents, out / NEWEST, out / BEFORE)
 
 
+def was_saved(out: Path) -> bool:
+    """Whether there is a checkpoint in a run's folder, damaged or not."""
+    return any((out / name).exists() for name in (NEWEST, BEFORE))
+
+
 def read_newest(out: Path) -> dict | None:
     """A run's last checkpoint; None if it was stopped before the first, which stdout says.
 
     Where it is damaged, stderr says so and the one before it is taken. CheckpointError where that
     is damaged too.
     """
-    if not (out / NEWEST).exists() and not (out / BEFORE).exists():
+    if not was_saved(out):
         print(f"{out}: was stopped before it was saved for the first time, so it starts again")
         return None
     faults = []
