@@ -77,7 +77,11 @@ def write(data: bytes, path: Path, before: Path | None = None) -> None:
         if error.errno not in DISK_IS_FULL:
             raise
         needed, free = len(data), shutil.disk_usage(Path(path).parent).free
-        missing = f"{megabytes(needed - free)} are missing" if needed > free else "a limit is lower"
+        missing = (
+            f"{megabytes(needed - free)} are missing"
+            if needed > free
+            else "a quota or a limit is lower"
+        )
         raise CheckpointError(
             f"{path}: {error.strerror}: it takes {megabytes(needed)}, and {missing}; "
             f"make room and go on; what was there before is complete"
@@ -177,8 +181,8 @@ def was_saved(out: Path) -> bool:
 def read_newest(out: Path) -> dict | None:
     """A run's last checkpoint; None if it was stopped before the first, which stdout says.
 
-    Where it is damaged, stderr says so and the one before it is taken. CheckpointError where that
-    is damaged too.
+    Where it is damaged, stderr says so, and the one before it takes its place: or the next save
+    would keep the damaged one instead. CheckpointError where that is damaged too.
     """
     if not was_saved(out):
         print(f"{out}: was stopped before it was saved for the first time, so it starts again")
@@ -193,6 +197,7 @@ def read_newest(out: Path) -> dict | None:
         if faults:
             going_on = f"going on from {path.name}, step {contents['step']}"
             print(f"  note: {faults[0]}; {going_on}", file=sys.stderr)
+            os.replace(path, out / NEWEST)
         return contents
     raise CheckpointError(f"{faults[0]}; {faults[1]}; start again with another --out")
 

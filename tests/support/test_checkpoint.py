@@ -41,7 +41,7 @@ def test_json_is_as_safe(tmp_path):
     [
         (
             errno.ENOSPC,
-            "last.pt: No space left on device: it takes 0.00.* MB, and a limit is lower",
+            "last.pt: No space left on device: it takes 0.00.* MB, and a quota or a limit is lower",
         ),
         (errno.EIO, "Input/output error"),
     ],

@@ -189,6 +189,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     noted = capsys.readouterr().err
     assert run.step == 1
     assert f"note: {newest}: " in noted and "going on from previous.pt, step 1" in noted
+    assert checkpoint.read(newest, "ctclm-training")["step"] == 1  # not lost by the next save
 
 
 def test_two_damaged_checkpoints_are_both_named(small, stopped):
