@@ -77,11 +77,9 @@ def write(data: bytes, path: Path, before: Path | None = None) -> None:
         if error.errno not in DISK_IS_FULL:
             raise
         needed, free = len(data), shutil.disk_usage(Path(path).parent).free
-        missing = (
-            f"{megabytes(needed - free)} are missing"
-            if needed > free
-            else "a quota or a limit is lower"
-        )
+        missing = "a quota or a limit is lower"
+        if needed > free:
+            missing = f"{megabytes(needed - free)} are missing"
         raise CheckpointError(
             f"{path}: {error.strerror}: it takes {megabytes(needed)}, and {missing}; "
             f"make room and go on; what was there before is complete"
