@@ -85,13 +85,14 @@ class Config:
     tensorboard: bool = cli.option(False, "write OUT/tensorboard too, where TensorBoard is")
 
     def __post_init__(self):
-        # The last step is always validated.
         for name in ("steps", "batch", "accumulate", "crop", "lr", "validations"):
             value = getattr(self, name)
             cli.require(value > 0, f"{cli.flag(name)} must be positive; got {value}")
         cli.require(self.crop % 32 == 0, f"--crop must be a multiple of 32; got {self.crop}")
         # A single position at stride 32 has no variance.
         cli.require(self.batch * self.crop**2 > 32**2, "--batch 1 needs --crop 64 or more")
+        fits = self.accumulate <= self.batch
+        cli.require(fits, f"--accumulate {self.accumulate} is more than --batch {self.batch}")
         # Said before the training scenes are made.
         cli.require(self.data != "toy" or not self.val_tiles, "--data toy has no tiles to choose")
         for name in ("rare_class_fraction", "max_unknown"):
@@ -353,7 +354,8 @@ class Run:
 
 def prepare(config: Config, ranks: Ranks = ALONE) -> Run:
     """The run that the options describe: folder, data, model, and what a resumed one has done."""
-    starts = config.pretrained and not config.resume  # a resumed run goes on from its own weights
+    goes_on = config.resume and ranks.from_first(lambda: checkpoint.was_saved(config.out))
+    starts = config.pretrained and not goes_on  # a run that goes on has weights of its own
     weights = starts and pretrained.read(config.pretrained).of(config.variant, VARIANTS)
     ranks.share_of_batch(config.batch)  # or a UsageError, before anything is made
     ranks.from_first(lambda: checkpoint.prepare_folder(config.out, config.resume))

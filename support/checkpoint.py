@@ -77,7 +77,9 @@ def write(data: bytes, path: Path, before: Path | None = None) -> None:
         if error.errno not in DISK_IS_FULL:
             raise
         needed, free = len(data), shutil.disk_usage(Path(path).parent).free
-        missing = f"{megabytes(needed - free)} are missing" if needed > free else "a limit is lower"
+        missing = "a quota or a limit is lower"
+        if needed > free:
+            missing = f"{megabytes(needed - free)} are missing"
         raise CheckpointError(
             f"{path}: {error.strerror}: it takes {megabytes(needed)}, and {missing}; "
             f"make room and go on; what was there before is complete"
@@ -85,7 +87,7 @@ def write(data: bytes, path: Path, before: Path | None = None) -> None:
 
 
 def megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+    return f"{size / 1e6:,.1f} MB" if size > 1e5 else f"{size / 1e6:.6f} MB"
 
 
 def save(contents: dict, path: Path, before: Path | None = None) -> None:
@@ -147,7 +149,7 @@ def prepare_folder(out: Path, resume: bool) -> None:
 
 def require_run(out: Path) -> None:
     """UsageError unless a run was started in the folder."""
-    started = any((out / name).exists() for name in ("config.json", NEWEST, BEFORE))
+    started = (out / "config.json").exists() or was_saved(out)
     require(started, f"{out}: has no config.json, so there is nothing to resume")
 
 
@@ -169,13 +171,18 @@ def save_newest(contents: dict, out: Path) -> None:
     save(contents, out / NEWEST, out / BEFORE)
 
 
+def was_saved(out: Path) -> bool:
+    """Whether there is a checkpoint in a run's folder, damaged or not."""
+    return any((out / name).exists() for name in (NEWEST, BEFORE))
+
+
 def read_newest(out: Path) -> dict | None:
     """A run's last checkpoint; None if it was stopped before the first, which stdout says.
 
-    Where it is damaged, stderr says so and the one before it is taken. CheckpointError where that
-    is damaged too.
+    Where it is damaged, stderr says so, and the one before it takes its place: or the next save
+    would keep the damaged one instead. CheckpointError where that is damaged too.
     """
-    if not (out / NEWEST).exists() and not (out / BEFORE).exists():
+    if not was_saved(out):
         print(f"{out}: was stopped before it was saved for the first time, so it starts again")
         return None
     faults = []
@@ -188,6 +195,7 @@ def read_newest(out: Path) -> dict | None:
         if faults:
             going_on = f"going on from {path.name}, step {contents['step']}"
             print(f"  note: {faults[0]}; {going_on}", file=sys.stderr)
+            os.replace(path, out / NEWEST)
         return contents
     raise CheckpointError(f"{faults[0]}; {faults[1]}; start again with another --out")
 

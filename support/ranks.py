@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 
 from support.cli import require
 
@@ -42,7 +41,7 @@ class StalledError(RuntimeError):
 class Ranks:
     """This process among `count`, as number `rank`."""
 
-    def __init__(self, rank: int = 0, count: int = 1, store: dist.Store | None = None):
+    def __init__(self, rank: int = 0, count: int = 1, store=None):
         self.rank, self.count, self.store = rank, count, store
 
     @classmethod
@@ -50,6 +49,8 @@ class Ranks:
         """Meet the processes that torchrun started with this one. quiet: only rank 0 prints."""
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return cls()
+        from torch.distributed.rendezvous import rendezvous  # not in every build of PyTorch
+
         timeout = datetime.timedelta(seconds=TIMEOUT)
         store, rank, count = next(rendezvous("env://", timeout=timeout))
         on_gpus = torch.cuda.is_available()
@@ -107,7 +108,7 @@ class Ranks:
         if self.count == 1:
             return number
         numbers = torch.tensor([number])
-        self.reduce(numbers, dist.ReduceOp.MAX)
+        self.reduce(numbers, "MAX")
         return int(numbers)
 
     def gather(self, entry) -> list:
@@ -135,8 +136,8 @@ class Ranks:
             sys.exit(2)  # rank 0 says why
         return found[0][0]
 
-    def reduce(self, x: Tensor, operation=dist.ReduceOp.SUM) -> None:
-        self.together(dist.all_reduce, x, operation)
+    def reduce(self, x: Tensor, operation: str = "SUM") -> None:
+        self.together(dist.all_reduce, x, getattr(dist.ReduceOp, operation))
 
     # --- Who does not answer ---
 

@@ -1,12 +1,13 @@
 """Kill a training run again and again, and resume it: is anything unreadable, lost or different?
 
-    python -m tests.soak --kills 200            # about 20 minutes on a core
+    python -m tests.soak --kills 200            # about 10 minutes on a core of one's own
     python -m tests.soak --kills 20 --seed 7    # other moments
 
 A small run of train.py is stopped by SIGKILL, SIGTERM or SIGINT: at any time, while it starts, at
 the moment when a file is being written, or while it validates. After each kill all its files are
 read. Then `train.py --resume --out FOLDER` goes on, with nothing else on the command line. A run
-that comes to its end is compared with one that was never disturbed, and the next run begins.
+that comes to its end is compared with one that was never disturbed, and the next run begins. Each
+is a process of its own, forked from this one so that importing PyTorch is not most of the time.
 
     unreadable   files that could not be read after a kill
     lost         files that had been there, and steps that a checkpoint had had
@@ -22,24 +23,25 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
+from multiprocessing import Process, get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from support import checkpoint
+import train
+from support import checkpoint, cli
 from support.progress import Progress
+from support.raster import DataError
 
-ROOT = Path(__file__).parent.parent
-# A report after every second step, a validation and a save after every sixth.
-OPTIONS = "--data folder --steps 60 --batch 2 --crop 32 --validations 10 --device cpu".split()
+# A report after every second step, a validation and a save after every tenth.
+OPTIONS = "--data folder --steps 60 --batch 2 --crop 32 --validations 6 --device cpu".split()
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 MOMENTS = ("any time", "start", "writing", "validating")
 KINDS = {"best.pt": "ctclm-transformer", "last.pt": "ctclm-training"}
@@ -62,24 +64,34 @@ def write_data(root: Path) -> None:
                 Image.fromarray(pixels).save(root / split / kind / f"{name}.png")
 
 
-def start(out: Path, root: Path, log: Path) -> subprocess.Popen:
-    """A new run, or one that goes on."""
+def start(out: Path, root: Path, log: Path) -> Process:
+    """A new run, or one that goes on; it prints into `log`."""
     options = ["--resume"] if (out / "config.json").exists() else [*OPTIONS, "--root", str(root)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with open(log, "w") as file:
-        command = [sys.executable, "train.py", "--out", str(out), *options]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+    process = get_context("fork").Process(target=run, args=(["--out", str(out), *options], log))
+    log.write_text("")
+    process.start()
+    return process
 
 
-def wait_for(process: subprocess.Popen, condition) -> None:
-    while process.poll() is None and not condition():
+def run(arguments: list[str], log: Path) -> None:
+    """The program train.py in this process."""
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(file, stream.fileno())
+        stream.reconfigure(line_buffering=True)
+    sys.argv = ["train.py", *arguments]
+    cli.run(train.main, DataError, checkpoint.CheckpointError)
+
+
+def wait_for(process: Process, condition) -> None:
+    while process.is_alive() and not condition():
         time.sleep(0.001)
 
 
-def disturb(process: subprocess.Popen, out: Path, log: Path, moment: str, rng) -> int:
+def disturb(process: Process, out: Path, log: Path, moment: str, rng) -> int:
     """Send a signal at a moment of this kind -> its number, or 0 if the run came to its end."""
     if moment == "start":
-        time.sleep(rng.uniform(0, 3))
+        time.sleep(rng.uniform(0, 1))
     else:
         wait_for(process, lambda: "CE T" in log.read_text())  # the first report
         time.sleep(rng.uniform(0, 2))
@@ -91,13 +103,13 @@ def disturb(process: subprocess.Popen, out: Path, log: Path, moment: str, rng) -
         wait_for(process, lambda: log.read_text().count("\n") > lines)
         time.sleep(rng.uniform(0, 0.1))
     number = rng.choice(SIGNALS)
-    if process.poll() is None:
-        process.send_signal(number)
-    code = process.wait()
+    if process.is_alive():
+        os.kill(process.pid, number)
+    process.join()
+    code = process.exitcode
     if code == 0:
         return 0
-    expected = {-number, 128 + number, 1 if number == signal.SIGINT else -number}
-    if code not in expected:
+    if code not in (-number, 128 + number):
         sys.exit(f"{out}: ended with {code} after signal {number}:\n{log.read_text()}")
     return number
 
@@ -167,7 +179,7 @@ def soak(folder: Path, kills: int, rng: random.Random, counts: Counter) -> None:
     """Runs, each killed until it comes to its end, until there were so many kills."""
     root, log = folder / "data", folder / "output.txt"
     write_data(root)
-    start(folder / "undisturbed", root, log).wait()
+    start(folder / "undisturbed", root, log).join()
     wanted = result(folder / "undisturbed")
     with Progress("kills") as progress:
         while counts["kills"] < kills:
@@ -175,7 +187,7 @@ def soak(folder: Path, kills: int, rng: random.Random, counts: Counter) -> None:
             before, step = names(out), newest_step(out) if out.exists() else 0
             moment = rng.choice(MOMENTS)
             number = disturb(start(out, root, log), out, log, moment, rng)
-            if "Traceback" in log.read_text() and "KeyboardInterrupt" not in log.read_text():
+            if "Traceback" in log.read_text():
                 sys.exit(log.read_text())
             if number:
                 counts["kills"] += 1
@@ -199,6 +211,8 @@ def soak(folder: Path, kills: int, rng: random.Random, counts: Counter) -> None:
 
 
 def main() -> int:
+    torch.set_num_threads(1)
+    torch.optim.AdamW([torch.zeros(1)])  # imports what the runs would import each
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the signals")

@@ -381,6 +381,8 @@ BAD_OPTIONS = {
     "--data moon": "invalid choice: 'moon'",
     "--steps 0": "--steps must be positive; got 0",
     "--batch -1": "--batch must be positive",
+    "--accumulate 0": "--accumulate must be positive",
+    "--accumulate 9": "--accumulate 9 is more than --batch 8",
     "--crop 100": "--crop must be a multiple of 32; got 100",
     "--batch 1 --crop 32": "--batch 1 needs --crop 64",
     "--lr nan": "--lr must be positive; got nan",

@@ -156,6 +156,22 @@ def test_killed_before_its_first_checkpoint_a_run_starts_again(small, capsys):
     assert not [*config.out.glob(".*.tmp")]
 
 
+def test_started_again_it_has_its_pretrained_weights(small, tmp_path):
+    """And none of them, once it has been saved."""
+    source = fit(small(steps=1, out=tmp_path / "source")).config.out / "best.pt"
+    published = checkpoint.read(source, "ctclm-transformer")["model"]
+    config = small(steps=2, pretrained=source)
+    config.out.mkdir()
+    checkpoint.save_json(resume.options(config), config.out / "config.json")
+    run = train.prepare(small(steps=2, pretrained=source, resume=True))
+    name = "stages.0.embed.weight"
+    assert torch.equal(run.model.transformer.state_dict()[name], published[name])
+    run.train_step(*run.windows.batch(0))
+    run.save()
+    source.unlink()
+    assert train.prepare(small(steps=2, pretrained=source, resume=True)).step == 1
+
+
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     small, stopped, capsys, monkeypatch, damage
@@ -173,6 +189,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     noted = capsys.readouterr().err
     assert run.step == 1
     assert f"note: {newest}: " in noted and "going on from previous.pt, step 1" in noted
+    assert checkpoint.read(newest, "ctclm-training")["step"] == 1  # not lost by the next save
 
 
 def test_two_damaged_checkpoints_are_both_named(small, stopped):
