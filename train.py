@@ -72,7 +72,7 @@ class Config:
     )
     align: Literal["on", "off"] = cli.option("on", "the shared representation space")
     encoder: Literal["multiscale", "plain"] = cli.option("multiscale", "the CNN's blocks")
-    pretrained: Path = cli.option(None, "weights to start from: SegFormer's, or a best.pt")
+    pretrained: Path = cli.option(None, "weights to start from: SegFormer's, a best.pt, a last.pt")
     validations: int = cli.option(6, "how often to validate")
     out: Path = cli.option(Path("runs/toy"), "the run's folder")
     resume: bool = cli.option(False, "continue the run in --out")
@@ -361,7 +361,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Run:
     settings = config.encoder, config.transfer, config.align == "on"
     model = CTCLM(ModelConfig(config.variant, *size, *settings))
     if weights:
-        print(*pretrained.start_from(model.transformer, weights), sep="\n")
+        print(*pretrained.start_both(model, weights), sep="\n")
     run = Run(config, model, make_windows(config, train_set.scenes, ranks=ranks), val_set, ranks)
     if config.resume:
         run.restore()

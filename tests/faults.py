@@ -1109,6 +1109,10 @@ WEIGHTS = [
           "kernels.mean(1, keepdim=True)",
           "kernels.sum(1, keepdim=True)",
           "support/test_pretrained.py::test_infrared_gets_the_mean_of_the_colours"),
+    Fault("support/pretrained.py", "the CNN gets nothing of a run that had one",
+          "return Weights(path, transformer, unused=[], cnn=cnn)",
+          "return Weights(path, transformer, unused=[])",
+          "support/test_pretrained.py::test_a_run_of_ours_has_both_branches"),
     Fault("support/pretrained.py", "what is not used is not said",
           "    if weights.unused:\n",
           "    if False:\n",
@@ -1134,8 +1138,8 @@ WEIGHTS = [
           "starts = config.pretrained",
           "test_train.py::test_a_resumed_run_goes_on_from_its_own_weights"),
     Fault("train.py", "the pretrained weights are read and not used",
-          "pretrained.start_from(model.transformer, weights)",
-          "pretrained.start_from(CTCLM(model.config).transformer, weights)",
+          "pretrained.start_both(model, weights)",
+          "pretrained.start_both(CTCLM(model.config), weights)",
           "test_train.py::test_a_run_starts_from_published_weights"),
 ]
 # fmt: on
