@@ -393,7 +393,7 @@ class Head(nn.Module):
         size = features[0].shape[-2:]
         levels = [project(x) for project, x in zip(self.project, features, strict=True)]
         levels[1:] = [upsample(x, size) for x in levels[1:]]
-        return self.classify(F.relu(self.norm(sum(levels))))  # (B, K, H/4, W/4)
+        return self.classify(F.relu(self.norm(sum(levels[1:], levels[0]))))  # (B, K, H/4, W/4)
 
 
 class Projector(nn.Sequential):

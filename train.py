@@ -74,7 +74,7 @@ class Config:
     )
     align: Literal["on", "off"] = cli.option("on", "the shared representation space")
     encoder: Literal["multiscale", "plain"] = cli.option("multiscale", "the CNN's blocks")
-    pretrained: Path = cli.option(None, "weights to start from: SegFormer's, or a best.pt")
+    pretrained: Path = cli.option(None, "weights to start from: SegFormer's, a best.pt, a last.pt")
     validations: int = cli.option(6, "how often to validate")
     out: Path = cli.option(Path("runs/toy"), "the run's folder")
     resume: bool = cli.option(False, "continue the run in --out")
@@ -366,7 +366,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Run:
     balance = data.class_weights(train_set.scenes) if config.class_weights == "auto" else None
     model = CTCLM(ModelConfig(config.variant, *size, *settings, class_weights=balance))
     if weights:
-        print(*pretrained.start_from(model.transformer, weights), sep="\n")
+        print(*pretrained.start_both(model, weights), sep="\n")
     run = Run(config, model, make_windows(config, train_set.scenes, ranks=ranks), val_set, ranks)
     if config.resume:
         run.restore()

@@ -14,6 +14,7 @@ the sections:
     upsample      256 channels from stages 2 to 4 to stage 1, as a head does it
     step          a training step as train.py runs it, where its time goes, and inference
     scene         a large picture mapped from file to file, as infer.py does it
+    cpu           on a CPU: inference and training next to Hugging Face's, equal weights (bench_cpu)
 
 Each row stands beside its target, if it has one and there is a GPU. "floor" is the time that the
 work takes at least: the largest of bytes, matrix products and exponentials, each at the rate that
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from experiments.bench_cpu import bench_cpu
 from experiments.bench_model import bench_scene, bench_step
 from experiments.timing import (
     HEAD,
@@ -366,6 +368,7 @@ SECTIONS = {
     "upsample": bench_upsample,
     "step": bench_step,
     "scene": bench_scene,
+    "cpu": bench_cpu,
 }
 
 

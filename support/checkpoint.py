@@ -203,8 +203,8 @@ def read_newest(out: Path) -> dict | None:
 # --- Reading --------------------------------------------------------------------------------------
 
 
-def read(path: Path, kind: str) -> dict:
-    """The dict that `save` wrote, on the CPU, after checking it. `kind` is its "kind" entry.
+def read(path: Path, *kinds: str) -> dict:
+    """The dict that `save` wrote, on the CPU, after checking it. Its "kind" is one of `kinds`.
 
     Raises CheckpointError when the file is missing, damaged or not ours, or when weights are not
     finite. Only tensors and plain types are ever unpickled (weights_only=True).
@@ -227,9 +227,9 @@ def read(path: Path, kind: str) -> dict:
         raise CheckpointError(f"{path}: damaged (the checksum of {damaged} does not match)")
     if not isinstance(contents, dict) or "kind" not in contents:
         raise CheckpointError(f"{path}: not a checkpoint of this project")
-    if contents["kind"] != kind:
-        hint = {"ctclm-transformer": "best.pt", "ctclm-training": "last.pt"}[kind]
-        raise CheckpointError(f"{path}: holds {contents['kind']!r}, not {kind!r}: take {hint}")
+    if contents["kind"] not in kinds:
+        hint = {"ctclm-transformer": "best.pt", "ctclm-training": "last.pt"}[kinds[0]]
+        raise CheckpointError(f"{path}: holds {contents['kind']!r}, not {kinds[0]!r}: take {hint}")
     if name := not_finite(contents["model"]):
         raise CheckpointError(f"{path}: the weights of {name} are not finite")
     return contents

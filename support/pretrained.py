@@ -1,11 +1,13 @@
-"""A Transformer that starts from weights that somebody has trained before.
+"""Branches that start from weights that somebody has trained before.
 
     weights = pretrained.read(Path("mit_b0.pth"))
-    for sentence in pretrained.start_from(transformer, weights):
+    for sentence in pretrained.start_both(model, weights):      # a CTCLM
         print(sentence)
 
 Published files end in .pth, .bin or .safetensors (support/segformer.py has their names), ours in
-.pt. Each tensor of a file is used, or a sentence names it. Where classes or bands are others:
+.pt: best.pt has the Transformer, last.pt the CNN too. A CNN for which a file has nothing starts
+from random weights (docs/weights.md has what else was tried). Each tensor of a file is used, or a
+sentence names it. Where classes or bands are others:
 
     classes     the last layer keeps its initial weights, and everything else is taken
     bands       a band that the file does not know gets the mean of the kernels of those that it
@@ -28,7 +30,8 @@ from support.checkpoint import CheckpointError, not_finite
 from support.cli import require
 
 PUBLISHED = (".pth", ".bin", ".safetensors")
-EMBED, CLASSIFY = "stages.0.embed.weight", "head.classify.weight"
+EMBED, STEM = "stages.0.embed.weight", "stem.0.weight"  # of the Transformer, of the CNN
+CLASSIFY = "head.classify.weight"  # of both
 
 
 class Weights(NamedTuple):
@@ -37,6 +40,7 @@ class Weights(NamedTuple):
     path: Path
     state: dict[str, Tensor]  # by our names; nothing of a head where the file is of an encoder
     unused: list[str]  # the file's other tensors, by its own names
+    cnn: dict[str, Tensor] | None = None  # where the file has one
 
     @property
     def in_channels(self) -> int:
@@ -76,7 +80,7 @@ def read(path: Path) -> Weights:
     """The weights of a file. CheckpointError when it is missing, damaged or something else."""
     path = Path(path)
     if path.suffix not in PUBLISHED:
-        return Weights(path, checkpoint.read(path, "ctclm-transformer")["model"], [])
+        return of_ours(path, checkpoint.read(path, "ctclm-transformer", "ctclm-training"))
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file of weights")
     tensors = safetensors.read(path) if path.suffix == ".safetensors" else unpickle(path)
@@ -90,6 +94,17 @@ def read(path: Path) -> Weights:
         example = f": they are called {unused[0]}" if unused else ""
         raise CheckpointError(f"{path}: holds no weights by a published name of SegFormer{example}")
     return Weights(path, state, unused)
+
+
+def of_ours(path: Path, contents: dict) -> Weights:
+    state = contents["model"]
+    if contents["kind"] == "ctclm-transformer":
+        return Weights(path, state, unused=[])
+    transformer, cnn = (
+        {key.removeprefix(branch): state[key] for key in state if key.startswith(branch)}
+        for branch in ("transformer.", "cnn.")
+    )
+    return Weights(path, transformer, unused=[], cnn=cnn)
 
 
 def unpickle(path: Path) -> dict[str, Tensor]:
@@ -123,12 +138,22 @@ def unpickle(path: Path) -> dict[str, Tensor]:
 # --- Use ------------------------------------------------------------------------------------------
 
 
-def start_from(transformer: nn.Module, weights: Weights) -> list[str]:
+def start_both(model: nn.Module, weights: Weights) -> list[str]:
+    """`start_from` for the branches of a CTCLM."""
+    sentences = start_from(model.transformer, weights)
+    if weights.cnn is None:
+        return [*sentences, "the CNN starts from random weights"]
+    of_cnn = start_from(model.cnn, weights._replace(state=weights.cnn))
+    return sentences + [f"the CNN {sentence}" for sentence in of_cnn[:1]]
+
+
+def start_from(branch: nn.Module, weights: Weights) -> list[str]:
     """Copy the weights, in place -> sentences that say what was not used and what was adapted.
 
     CheckpointError when the file lacks a tensor or has one of another shape.
     """
-    path, wanted, state = weights.path, transformer.state_dict(), dict(weights.state)
+    path, wanted, state = weights.path, branch.state_dict(), dict(weights.state)
+    first = EMBED if EMBED in wanted else STEM
     sentences = [f"starts from {path}"]
     if weights.unused:
         sentences.append(f"not used of {path}: {', '.join(weights.unused)}")
@@ -141,12 +166,12 @@ def start_from(transformer: nn.Module, weights: Weights) -> list[str]:
             f"weights, everything else is kept"
         )
         state |= {key: wanted[key] for key in wanted if key.startswith("head.classify.")}
-    theirs, ours = weights.in_channels, wanted[EMBED].shape[1]
+    theirs, ours = state[first].shape[1], wanted[first].shape[1]
     if theirs != ours:
         sentences.append(f"{path} has {theirs} bands, not {ours}: {of_bands(theirs, ours)}")
-        kernels = state[EMBED]  # (C, bands, 7, 7)
+        kernels = state[first]  # (C, bands, 7, 7), (C, bands, 3, 3)
         mean = kernels.mean(1, keepdim=True).expand(-1, max(0, ours - theirs), -1, -1)
-        state[EMBED] = torch.cat([kernels[:, :ours], mean], 1)
+        state[first] = torch.cat([kernels[:, :ours], mean], 1)
     for key, tensor in wanted.items():
         if key not in state:
             raise CheckpointError(f"{path}: has nothing for {key}")
@@ -154,8 +179,8 @@ def start_from(transformer: nn.Module, weights: Weights) -> list[str]:
             shapes = tuple(state[key].shape), tuple(tensor.shape)
             raise CheckpointError(f"{path}: {key} would be {shapes[0]}, but it takes {shapes[1]}")
     if extra := state.keys() - wanted.keys():
-        raise CheckpointError(f"{path}: {min(extra)} has no place in this Transformer")
-    transformer.load_state_dict(state)
+        raise CheckpointError(f"{path}: {min(extra)} has no place in this model")
+    branch.load_state_dict(state)
     return sentences
 
 

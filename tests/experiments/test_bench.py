@@ -1,4 +1,4 @@
-"""experiments/bench.py and bench_model.py: a check of the kernels, sections, targets, counts."""
+"""bench.py, bench_model.py, bench_cpu.py: a check of the kernels, sections, targets, counts."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from experiments import bench, bench_model, timing
+from experiments import bench, bench_cpu, bench_model, timing
 from experiments.timing import Rates, Table
 
 CPU = torch.device("cpu")
@@ -64,6 +64,9 @@ def small(monkeypatch):
     monkeypatch.setattr(bench_model, "SCENES", 1)
     monkeypatch.setattr(bench_model, "TWO_RUNS", 1)
     monkeypatch.setattr(timing, "CPU_REPEATS", 1)
+    for name, value in {"VARIANT": "tiny", "WINDOW": 64, "BATCH": 2, "CROP": 32}.items():
+        monkeypatch.setattr(bench_cpu, name, value)
+    monkeypatch.setattr(bench_cpu, "Compiled", lambda forward: forward)  # a minute
 
 
 def test_every_target_is_of_a_row_that_a_gpu_would_fill(small, monkeypatch):
@@ -141,6 +144,10 @@ def test_program(small, monkeypatch, tmp_path, capsys):
     assert rows["loss K=3 B=1 16x16 extra memory", "eager"]["times_ours"] == 6
     assert rows["training step tiny B=2 32x32 both branches", "ours"]["times_ours"] == 1
     assert rows["training step tiny B=2 32x32 weights, two runs", "ours"]["value"] == 0
+    step = "training step tiny B=2 32x32"
+    assert rows[f"{step}, the parts of both branches", "objective"]["value"] > 0
+    assert rows["inference tiny B=1 64x64", "ours, --compile"]["value"] > 0
+    assert ("inference tiny B=1 64x64 pixels of another class", "ours, --compile") in rows
     assert rows["scene tiny 64x64 speed", "ours"]["unit"] == "Mpx/s"
     assert rows["step tiny, operations", "both branches"]["value"] > 500
 
@@ -155,6 +162,14 @@ def test_sections_are_chosen_by_name(small, monkeypatch, capsys):
         "section upsample",
         "section loss",
     ]
+
+
+def test_a_peer_that_is_not_installed_has_an_empty_row(small, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    table = Table(CPU, {})
+    bench_cpu.bench_training(table)
+    assert {row.how: row.value for row in table.rows}["transformers"] is None
+    assert "transformers: ModuleNotFoundError" in capsys.readouterr().err
 
 
 def test_an_unknown_section_and_a_missing_peer_are_refused(program, monkeypatch):

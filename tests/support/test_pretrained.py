@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from ctclm import VARIANTS, Transformer
+from ctclm import CTCLM, VARIANTS, ModelConfig, Transformer
 from support import checkpoint, pretrained, safetensors, segformer
 from support.checkpoint import CheckpointError
 from support.cli import UsageError
@@ -31,9 +31,9 @@ def write(tensors, path):
     return path
 
 
-def same(one, other, but=()):
+def same(one, other):
     one, other = one.state_dict(), other.state_dict()
-    return all(torch.equal(one[name], other[name]) != name.startswith(but or "-") for name in one)
+    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("naming", segformer.NAMINGS)
@@ -52,6 +52,29 @@ def test_our_own_file(tmp_path):
     checkpoint.save(contents, tmp_path / "best.pt")
     pretrained.start_from(model, pretrained.read(tmp_path / "best.pt"))
     assert same(model, trained)
+
+
+def test_a_run_of_ours_has_both_branches(tmp_path):
+    """With other classes and bands, as in the Transformer."""
+    trained = CTCLM(ModelConfig("tiny", num_classes=5))
+    model = CTCLM(ModelConfig("tiny", num_classes=3, in_channels=4))
+    contents = {"kind": "ctclm-training", "model": trained.state_dict()}
+    checkpoint.save(contents, tmp_path / "last.pt")
+    sentences = pretrained.start_both(model, pretrained.read(tmp_path / "last.pt"))
+    assert sentences[-1] == f"the CNN starts from {tmp_path / 'last.pt'}"
+    assert same(model.cnn.stages, trained.cnn.stages)
+    assert same(model.transformer.stages[1:], trained.transformer.stages[1:])
+    assert torch.equal(model.cnn.stem[0].weight[:, :3], trained.cnn.stem[0].weight)
+
+
+def test_without_one_the_cnn_is_as_it_was(tmp_path):
+    model = CTCLM(ModelConfig("tiny", num_classes=5))
+    before = copy.deepcopy(model)
+    path = write(tensors_of(transformer()), tmp_path / "x.bin")
+    assert pretrained.start_both(model, pretrained.read(path))[-1].startswith(
+        "the CNN starts from r"
+    )
+    assert same(model.cnn, before.cnn) and not same(model.transformer, before.transformer)
 
 
 def test_files_of_half_precision_and_of_old_versions(tmp_path):
