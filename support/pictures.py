@@ -27,7 +27,7 @@ from support.layouts import IGNORE, Classes
 INK, GREY, PAPER = (30, 30, 30), (200, 200, 200), (255, 255, 255)
 CNN_COLOUR, TRANSFORMER_COLOUR = (214, 96, 20), (20, 108, 190)  # orange, blue: in every picture
 PALETTE = INK, (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0)  # for all others
-DARK, NO_DITHER = (8, 32, 80), Image.Dither.NONE
+DARK = (8, 32, 80)  # of the largest value of a heat map
 LARGEST_OVERLAY = 4096  # pixels on a side; only the class map itself keeps every pixel
 
 
@@ -152,7 +152,7 @@ def side_by_side(columns: dict[str, list[np.ndarray]], classes: Classes) -> Imag
 
 def row(panels: dict[str, np.ndarray], side: int = 192, key: Image.Image | None = None):
     """Panels (H, W, 3) beside each other under their titles, the longer edge of each `side` pixels;
-    single pixels stay visible. The picture has 128 colours: a third of the bytes."""
+    single pixels stay visible."""
 
     def resized(panel: np.ndarray) -> np.ndarray:
         height, width = (round(side * n / max(panel.shape[:2])) for n in panel.shape[:2])
@@ -162,7 +162,21 @@ def row(panels: dict[str, np.ndarray], side: int = 192, key: Image.Image | None 
         return np.asarray(shown.resize((width, height), how))
 
     shown = {title: [resized(panel)] for title, panel in panels.items()}
-    return sheet(shown, key or Image.new("RGB", (1, 1), PAPER)).quantize(128, dither=NO_DITHER)
+    return reduced(sheet(shown, key or Image.new("RGB", (1, 1), PAPER)))
+
+
+def reduced(picture: Image.Image) -> Image.Image:
+    """In 126 colours of its own and the exact INK and PAPER: a third of the bytes as a PNG."""
+    small = picture.quantize(126, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    pixels, before = np.array(small), np.asarray(picture)
+    for index, colour in ((126, INK), (127, PAPER)):
+        pixels[(before == colour).all(-1)] = index
+    palette = np.zeros((128, 3), np.uint8)
+    palette[: len(small.getpalette()) // 3] = np.reshape(small.getpalette(), (-1, 3))[:128]
+    palette[126:] = INK, PAPER
+    result = Image.fromarray(pixels, "P")
+    result.putpalette(palette.tobytes())
+    return result
 
 
 def sheet(columns: dict[str, list[np.ndarray]], key: Image.Image) -> Image.Image:
@@ -254,7 +268,7 @@ def line_chart(
     width, height = size
     image = Image.new("RGB", (2 * width, 2 * height), PAPER)
     draw, face = ImageDraw.Draw(image), font(24)
-    left, right, top, bottom = 110, 2 * width - 40, 80, 2 * height - 86
+    left, right, top, bottom = 110, 2 * width - 40, 94, 2 * height - 86
     points = [point for line in series for point in line.points]
     start, end = x_range or (min(x for x, _ in points), max(x for x, _ in points))
     values = [y for _, y in points]
@@ -331,8 +345,7 @@ def bars(title: str, groups: list[str], values: dict[str, list[float]], form: st
             shown = form.format(numbers[number])
             draw.text((end + 12, top + thick / 2 - 2), shown, INK, face, anchor="lm")
             top += thick
-    small = image.resize((width // 2, image.height // 2), Image.Resampling.LANCZOS)
-    return small.quantize(64, dither=NO_DITHER)
+    return reduced(image.resize((width // 2, image.height // 2), Image.Resampling.LANCZOS))
 
 
 # --- Differences between settings ---------------------------------------------------------------
