@@ -31,7 +31,7 @@ def trained_sample() -> Sample:
         run = prepare(Config(steps=STEPS, crop=96, out=Path(folder) / "run"))
         for _, images, labels, _ in prefetch(run.windows, range(STEPS)):
             run.train_step(images, labels)
-        return samples(run.model, run.val_set.scenes[SCENE:], rows=1)[0]
+        return samples(run.model, run.val_set.scenes[SCENE : SCENE + 1])[0]
 
 
 def drawn(sample: Sample) -> Sheet:
@@ -48,7 +48,7 @@ def drawn(sample: Sample) -> Sheet:
         left, top = 8 + 212 * (number % 2), TOP + 236 * (number // 2)
         sheet.text(left, top - 12, title, size=15, anchor="lm", bold=True)
         sheet.picture(Box(left, top, left + SMALL, top + SMALL), pixels)
-    classes(sheet, TOP + 236 + SMALL + 16)
+    classes(sheet, TOP + 236 + SMALL + 14)
     left = WIDTH - 8 - LARGE
     sheet.text(left, TOP - 12, "who teaches", size=15, anchor="lm", bold=True)
     sheet.picture(Box(left, TOP, WIDTH - 8, TOP + LARGE), gate_colours(sample.gate))
@@ -59,7 +59,7 @@ def drawn(sample: Sample) -> Sheet:
 def classes(sheet: Sheet, top: float) -> None:
     """The colours of the truth, in two rows."""
     for k, (name, colour) in enumerate(zip(POTSDAM.names, POTSDAM.colours, strict=True)):
-        left, y = 8 + 140 * (k % 3), top + 20 * (k // 3)
+        left, y = 8 + 140 * (k % 3), top + 18 * (k // 3)
         sheet.square(Box(left, y - 6, left + 12, y + 6), colour)
         sheet.text(left + 18, y, name, anchor="lm")
 

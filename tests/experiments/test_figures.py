@@ -112,6 +112,14 @@ def test_errors_are_where_a_branch_is_wrong_and_not_where_the_label_is_ignored()
     assert np.array_equal(marked, (sample.truth != 0) & (sample.truth != 255))
 
 
+def test_the_last_one_is_trained_first(monkeypatch):
+    monkeypatch.setattr(figures_teaching, "STEPS", 1)
+    monkeypatch.setattr(toy, "SPLIT_SEEDS", {"train": range(1), "val": range(2)})
+    sample = figures_teaching.trained_sample()
+    assert sample.image.shape[:2] == sample.truth.shape == sample.gate.shape == (256, 256)
+    assert np.array_equal(sample.image, toy.scene(1)[0][64:320, 64:320])
+
+
 def test_the_program_writes_what_is_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figures, "FOLDER", tmp_path / "new")
     figures.main(["dual_cell"])
