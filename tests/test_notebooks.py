@@ -46,7 +46,10 @@ def test_it_runs_and_prints_what_it_shows(path, monkeypatch):
             "".join(output["text"]) for output in cell["outputs"] if output.get("name") == "stdout"
         )
         if "varies" not in cell["metadata"].get("tags", []):
-            assert words(printed.getvalue()) == words(shown)
+            same = words(printed.getvalue()) == words(shown)
+            assert same, (
+                f"execute {path.name} again (CONTRIBUTING.md); now it prints:\n{printed.getvalue()}"
+            )
 
 
 def words(text: str) -> list[str]:
