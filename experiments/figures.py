@@ -1,273 +1,43 @@
-"""The diagram of the method, drawn with Pillow and never by hand.
+"""The pictures for pages and slides, drawn by this script and never by hand.
 
-    python -m experiments.figures                # writes docs/figures/method.png
+    python -m experiments.figures                   # all of them, into docs/figures/; trains for
+    python -m experiments.figures method dual_cell  # the last one, some minutes on a CPU
 
-A picture that a script draws changes together with the method. Coordinates are the pixels of a page
-of the README; the sheet is drawn SCALE times as large and stored at half of that, so that it stays
-sharp on a slide. The image and its labels are a toy scene. The sheet keeps the rectangles of all
-texts and boxes, so that a test can hold that none is in another's way.
+method       one training step from the image to the losses
+multiscale   the CNN's block: five depthwise kernels and their sum
+attention    the tall score matrix, and how a program walks along it
+dual_cell    upsampling by four: what depends on what, forward and backward
+teaching     who teaches whom on a toy scene
+
+A picture that a script draws changes together with the method.
 """
 
+import sys
 from pathlib import Path
-from typing import NamedTuple
 
-from PIL import Image, ImageDraw
+from experiments.figures_method import method
+from experiments.figures_parts import attention, dual_cell, multiscale
+from experiments.figures_teaching import teaching
 
-from support import pictures, toy
-from support.labels import encode_colours
-from support.layouts import POTSDAM
-from support.pictures import CNN_COLOUR, TRANSFORMER_COLOUR
-
-METHOD = Path(__file__).parent.parent / "docs" / "figures" / "method.png"
-WIDTH, HEIGHT = 884, 482
-SCALE, STORED = 4, 2  # drawn at 4 times the size, stored at 2
-
-INK, GREY, PAPER = (30, 30, 30), (120, 120, 120), (255, 255, 255)
-CNN_TINT, TRANSFORMER_TINT, SPACE_TINT = (252, 236, 222), (222, 236, 249), (240, 240, 240)
-STRIDES = (4, 8, 16, 32)
-
-# Where things stand: columns by their left edge and width, lanes by their upper edge.
-STAGES = [(120 + 84 * s, 70) for s in range(4)]
-HEAD, LOGITS, RIGHT = (456, 48), (536, 84), (772, 92)
-BRANCHING = 750  # where a line leaves the logits for the cross entropy
-TRANSFER_DOWN, TRANSFER_UP = 562, 594
-CNN_LANE, TRANSFORMER_LANE, LANE = 56, 380, 48  # upper edges, and the height of a box
-MIDDLE = (CNN_LANE + TRANSFORMER_LANE + LANE) / 2
-SPACE_TOP, SPACE_BOTTOM = 150, 334
+FOLDER = Path(__file__).parent.parent / "docs" / "figures"
+FIGURES = {
+    "method": method,
+    "multiscale": multiscale,
+    "attention": attention,
+    "dual_cell": dual_cell,
+    "teaching": teaching,
+}
 
 
-class Box(NamedTuple):
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    @property
-    def x(self) -> float:
-        return (self.left + self.right) / 2
-
-    @property
-    def y(self) -> float:
-        return (self.top + self.bottom) / 2
-
-
-class Text(NamedTuple):
-    words: str
-    box: Box  # its ink
-
-
-class Sheet:
-    """A white page; every coordinate is in pixels of the README."""
-
-    def __init__(self):
-        self.image = Image.new("RGB", (SCALE * WIDTH, SCALE * HEIGHT), PAPER)
-        self.draw = ImageDraw.Draw(self.image)
-        self.texts: list[Text] = []
-        self.boxes: list[Box] = []
-
-    def text(self, x, y, words: str, colour=INK, size=14, anchor="mm", bold=False) -> Box:
-        """One line, and where its ink is; `anchor` is Pillow's: l, m, r, then m or s (baseline)."""
-        place, face = (SCALE * x, SCALE * y), pictures.font(SCALE * size)
-        stroke = SCALE // 3 if bold else 0  # Pillow's own font has no bold face
-        options = {"font": face, "anchor": anchor, "stroke_width": stroke}
-        self.draw.text(place, words, colour, **options)
-        ink = self.draw.textbbox(place, words, **options)
-        self.texts.append(Text(words, Box(*(edge / SCALE for edge in ink))))
-        return self.texts[-1].box
-
-    def lines(self, x, y, rows: list[str], colour=INK, anchor="mm", bold_first=True) -> None:
-        """Several lines around the height y, the first of them bold."""
-        for i, words in enumerate(rows):
-            bold = bold_first and i == 0
-            height = y + 18 * (i - (len(rows) - 1) / 2)
-            self.text(x, height, words, colour, anchor=anchor, bold=bold)
-
-    def box(self, box: Box, fill=PAPER, outline=INK, dashed=False, width=1.5) -> None:
-        self.boxes.append(box)
-        corners, line = [SCALE * edge for edge in box], round(SCALE * width)
-        if not dashed:
-            self.draw.rounded_rectangle(corners, SCALE * 5, fill, outline, line)
-            return
-        self.draw.rectangle(corners, fill)
-        for x in (box.left, box.right):
-            self.dashes((x, box.top), (x, box.bottom), outline, line)
-        for y in (box.top, box.bottom):
-            self.dashes((box.left, y), (box.right, y), outline, line)
-
-    def dashes(self, start, end, colour, line: int) -> None:
-        """A dashed horizontal or vertical line that begins and ends with a dash."""
-        length = abs(end[0] - start[0]) + abs(end[1] - start[1])
-        count = max(1, round(length / 8))  # of dashes, with gaps of half their length between
-        dash = length / (1.5 * count - 0.5)
-        for i in range(count):
-            ends = [1.5 * i * dash / length, (1.5 * i + 1) * dash / length]
-            points = [
-                tuple(SCALE * (a + t * (b - a)) for a, b in zip(start, end, strict=True))
-                for t in ends
-            ]
-            self.draw.line(points, colour, line)
-
-    def arrow(self, *points, colour=INK, width=1.5, head=6) -> None:
-        """A line through `points`, horizontal or vertical at its ends, with a tip at the end."""
-        path = [[SCALE * x, SCALE * y] for x, y in points]
-        tip, before, size = tuple(path[-1]), path[-2], SCALE * head
-        axis = 0 if tip[0] != before[0] else 1
-        back = size if before[axis] > tip[axis] else -size
-        path[-1][axis] += back / 2  # the line stops inside its tip
-        self.draw.line([tuple(p) for p in path], colour, round(SCALE * width), joint="curve")
-        corners = [list(tip), list(tip)]
-        for corner, side in zip(corners, (-0.6, 0.6), strict=True):
-            corner[axis] += back
-            corner[1 - axis] += side * size
-        self.draw.polygon([tip, *map(tuple, corners)], colour)
-
-    def picture(self, box: Box, pixels) -> None:
-        """An array (H, W, 3) that fills `box`."""
-        left, top, right, bottom = (round(SCALE * edge) for edge in box)
-        shown = Image.fromarray(pixels).resize((right - left, bottom - top), Image.Resampling.BOX)
-        self.image.paste(shown, (left, top))
-        self.draw.rectangle((left, top, right, bottom), outline=INK, width=SCALE)
-
-    def finished(self) -> Image.Image:
-        size = (STORED * WIDTH, STORED * HEIGHT)
-        small = self.image.resize(size, Image.Resampling.BOX)
-        return small.quantize(256, dither=Image.Dither.NONE)  # a third of the bytes
-
-
-def method() -> Sheet:
-    """One training step from the image to the losses, and what remains of it for deployment."""
-    sheet = Sheet()
-    zones(sheet)
-    for top, colour in ((CNN_LANE, CNN_COLOUR), (TRANSFORMER_LANE, TRANSFORMER_COLOUR)):
-        lane(sheet, top, colour)
-    data(sheet)
-    shared_space(sheet)
-    transfer(sheet)
-    supervision(sheet)
-    return sheet
-
-
-def zones(sheet: Sheet) -> None:
-    """What exists in training only, and what is deployed; the image lies outside both."""
-    left, right = STAGES[0][0] - 12, WIDTH - 8
-    sheet.box(Box(left, 8, right, 352), outline=GREY, dashed=True)
-    sheet.box(Box(left, 368, right, 474), TRANSFORMER_TINT, TRANSFORMER_COLOUR, width=2.5)
-    above, below = CNN_LANE - 18, TRANSFORMER_LANE + LANE + 29  # baselines
-    scales, deployed = "parallel convolutions, 3 to 11 pixels wide", "DEPLOYED: best.pt"
-    keys = "attention, its keys on a coarser grid"
-    for y, name, what, fate, colour, fates_colour in (
-        (above, "CNN branch", scales, "TRAINING ONLY", CNN_COLOUR, GREY),
-        (below, "Transformer branch", keys, deployed, *2 * [TRANSFORMER_COLOUR]),
-    ):
-        heading = sheet.text(left + 12, y, name, colour, 17, "ls", bold=True)
-        sheet.text(heading.right + 16, y, what, anchor="ls")
-        sheet.text(right - 12, y, fate, fates_colour, anchor="rs", bold=True)
-
-
-def lane(sheet: Sheet, top: float, colour) -> None:
-    """A branch: four stages, head, logits. The deployed one is solid, the other one dashed."""
-    deployed = colour == TRANSFORMER_COLOUR
-    fill, words = (colour, PAPER) if deployed else (CNN_TINT, INK)
-    bottom, y = top + LANE, top + LANE / 2
-    rows = [[f"stage {s + 1}", f"stride {stride}"] for s, stride in enumerate(STRIDES)]
-    rows += [["head"], ["logits"]]
-    boxes = [Box(left, top, left + width, bottom) for left, width in (*STAGES, HEAD, LOGITS)]
-    for box, lines in zip(boxes, rows, strict=True):
-        sheet.box(box, fill, colour, dashed=not deployed)
-        sheet.lines(box.x, y, lines, words)
-    for before, after in zip(boxes, boxes[1:], strict=False):
-        sheet.arrow((before.right, y), (after.left - 1, y), colour=colour)
-
-
-def data(sheet: Sheet) -> None:
-    """The image on the left feeds both branches; so do the labels, on the right, their losses."""
-    image, label = toy.scene(0)
-    part = slice(64, 320)  # of the scene
-    box = Box(8, MIDDLE - 40, 88, MIDDLE + 40)
-    sheet.picture(box, image[part, part])
-    sheet.text(box.x + 8, box.bottom + 14, "image", anchor="lm", bold=True)
-    for edge, lane_top in ((box.top, CNN_LANE), (box.bottom, TRANSFORMER_LANE)):
-        y = lane_top + LANE / 2
-        sheet.arrow((box.x, edge), (box.x, y), (STAGES[0][0] - 1, y))
-    box = labels_box()
-    sheet.picture(box, encode_colours(label[part, part], POTSDAM.colours))
-    sheet.text(box.x + 8, box.bottom + 14, "labels", anchor="lm", bold=True)
-
-
-def labels_box() -> Box:
-    x, half = RIGHT[0] + RIGHT[1] / 2, 30
-    return Box(x - half, MIDDLE - half, x + half, MIDDLE + half)
-
-
-def shared_space(sheet: Sheet) -> None:
-    """Projections of all stages meet here: two alignments and the covariance penalty."""
-    left, right = STAGES[0][0], STAGES[3][0] + STAGES[3][1]
-    sheet.box(Box(left, SPACE_TOP, right, SPACE_BOTTOM), SPACE_TINT, GREY, dashed=True)
-    for start, width in STAGES:
-        x = start + width / 2
-        sheet.arrow((x, CNN_LANE + LANE), (x, SPACE_TOP - 1), colour=CNN_COLOUR)
-        sheet.arrow((x, TRANSFORMER_LANE), (x, SPACE_BOTTOM + 1), colour=TRANSFORMER_COLOUR)
-    middle = (left + right) / 2
-    sheet.text(middle, SPACE_TOP + 20, "projected into one shared space", size=15, bold=True)
-    early = Box(left + 10, SPACE_TOP + 40, middle - 6, SPACE_BOTTOM - 40)
-    late = Box(middle + 6, early.top, right - 10, early.bottom)
-    for box, rows in (
-        (early, ["align stages 1, 2", "both ways, at all", "labelled positions"]),
-        (late, ["align stages 3, 4", "to the better branch", "of each region"]),
-    ):
-        sheet.box(box, PAPER, GREY)
-        sheet.lines(box.x, box.y, rows)
-    sheet.text(middle, SPACE_BOTTOM - 20, "covariance penalty against collapse")
-
-
-def transfer(sheet: Sheet) -> None:
-    """Each branch teaches the other, at each pixel as much as the gate allows."""
-    gate = Box(LOGITS[0] - 28, MIDDLE - 28, LOGITS[0] + LOGITS[1] + 28, MIDDLE + 28)
-    top, bottom = CNN_LANE + LANE, TRANSFORMER_LANE
-    down, up = TRANSFER_DOWN, TRANSFER_UP
-    sheet.arrow((down, top), (down, bottom - 1), colour=CNN_COLOUR, width=4, head=13)
-    sheet.arrow((up, bottom), (up, top + 1), colour=TRANSFORMER_COLOUR, width=4, head=13)
-    sheet.box(gate, PAPER, INK, width=2)
-    sheet.lines(gate.x, gate.y, ["gate r", "who is right here?"])
-    rows = ["CNN teaches", "weight r"]
-    sheet.lines(down - 12, (gate.bottom + bottom) / 2, rows, CNN_COLOUR, "rm")
-    rows = ["Transformer teaches", "weight 1 - r"]
-    sheet.lines(up + 12, (gate.top + top) / 2, rows, TRANSFORMER_COLOUR, "lm")
-
-
-def supervision(sheet: Sheet) -> None:
-    """The labels' three uses: a cross entropy for each branch, and the gate."""
-    labels, (left, width) = labels_box(), RIGHT
-    gate_edge = LOGITS[0] + LOGITS[1] + 29
-    sheet.arrow((labels.left, labels.y), (gate_edge, labels.y))
-    cnn, transformer = (
-        Box(left, MIDDLE + sign * 81 - 21, left + width, MIDDLE + sign * 81 + 21)
-        for sign in (-1, 1)
-    )
-    sheet.arrow((labels.x, labels.top), (labels.x, cnn.bottom + 1))
-    sheet.arrow((labels.x, labels.bottom), (labels.x, transformer.top - 1))
-    after_logits = LOGITS[0] + LOGITS[1]
-    for box, top, colour in (
-        (cnn, CNN_LANE, CNN_COLOUR),
-        (transformer, TRANSFORMER_LANE, TRANSFORMER_COLOUR),
-    ):
-        y = top + LANE / 2
-        path = (after_logits, y), (BRANCHING, y), (BRANCHING, box.y), (box.left - 1, box.y)
-        sheet.arrow(*path, colour=colour)
-        sheet.box(box, PAPER, colour, dashed=True)
-        sheet.lines(box.x, box.y, ["cross", "entropy"], bold_first=False)
-    deployed = Box(left, TRANSFORMER_LANE, left + width, TRANSFORMER_LANE + LANE)
-    y = deployed.y
-    sheet.arrow((after_logits, y), (left - 1, y), colour=TRANSFORMER_COLOUR)
-    sheet.box(deployed, TRANSFORMER_COLOUR, TRANSFORMER_COLOUR)
-    sheet.lines(deployed.x, y, ["class map"], PAPER)
-
-
-def main() -> None:
-    METHOD.parent.mkdir(parents=True, exist_ok=True)
-    method().finished().save(METHOD, optimize=True)
-    print(METHOD)
+def main(names: list[str]) -> None:
+    if unknown := sorted({*names} - {*FIGURES}):
+        sys.exit(f"figures.py: there is no figure {unknown[0]}; there are {', '.join(FIGURES)}")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name in names or FIGURES:
+        path = FOLDER / f"{name}.png"
+        FIGURES[name]().finished().save(path, optimize=True)
+        print(path)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -6,6 +6,11 @@
     samples(rows, classes).save("samples.png")           # both branches' maps, and who teaches
     curves(log, panels).save("curves.png")
     forest(rows, title).save("differences.png")          # differences with their intervals
+    row({"image": image, "error": heat(error)})          # panels, charts and bars of notebooks
+    line_chart(title, [Series(name, points, colour)], x_label);  bars(title, groups, values)
+
+Branches have the same two colours everywhere. Theirs and PALETTE's are those of Okabe and Ito
+("Color universal design", 2008), which people with any common colour blindness tell apart.
 
 Letters: H W pixels.
 """
@@ -21,6 +26,8 @@ from support.layouts import IGNORE, Classes
 
 INK, GREY, PAPER = (30, 30, 30), (200, 200, 200), (255, 255, 255)
 CNN_COLOUR, TRANSFORMER_COLOUR = (214, 96, 20), (20, 108, 190)  # orange, blue: in every picture
+PALETTE = INK, (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0)  # for all others
+DARK = (8, 32, 80)  # of the largest value of a heat map
 LARGEST_OVERLAY = 4096  # pixels on a side; only the class map itself keeps every pixel
 
 
@@ -143,6 +150,35 @@ def side_by_side(columns: dict[str, list[np.ndarray]], classes: Classes) -> Imag
     return sheet(shown, class_legend(classes))
 
 
+def row(panels: dict[str, np.ndarray], side: int = 192, key: Image.Image | None = None):
+    """Panels (H, W, 3) beside each other under their titles, the longer edge of each `side` pixels;
+    single pixels stay visible."""
+
+    def resized(panel: np.ndarray) -> np.ndarray:
+        height, width = (round(side * n / max(panel.shape[:2])) for n in panel.shape[:2])
+        shown = Image.fromarray(np.ascontiguousarray(panel[..., :3]))
+        larger = height * width > shown.height * shown.width
+        how = Image.Resampling.NEAREST if larger else Image.Resampling.BOX
+        return np.asarray(shown.resize((width, height), how))
+
+    shown = {title: [resized(panel)] for title, panel in panels.items()}
+    return reduced(sheet(shown, key or Image.new("RGB", (1, 1), PAPER)))
+
+
+def reduced(picture: Image.Image) -> Image.Image:
+    """In 126 colours of its own and the exact INK and PAPER: a third of the bytes as a PNG."""
+    small = picture.quantize(126, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    pixels, before = np.array(small), np.asarray(picture)
+    for index, colour in ((126, INK), (127, PAPER)):
+        pixels[(before == colour).all(-1)] = index
+    palette = np.zeros((128, 3), np.uint8)
+    palette[: len(small.getpalette()) // 3] = np.reshape(small.getpalette(), (-1, 3))[:128]
+    palette[126:] = INK, PAPER
+    result = Image.fromarray(pixels, "P")
+    result.putpalette(palette.tobytes())
+    return result
+
+
 def sheet(columns: dict[str, list[np.ndarray]], key: Image.Image) -> Image.Image:
     """Panels (H, W, 3 or more bands) one below the other under their titles, a legend below all."""
     side = max(max(panel.shape[:2]) for panels in columns.values() for panel in panels)
@@ -172,7 +208,26 @@ def gate_colours(gate: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(gate)[..., None], 0, shown).astype(np.uint8)
 
 
+def heat(values: np.ndarray, largest: float | None = None) -> np.ndarray:
+    """(H, W) -> (H, W, 3) uint8, from white at 0 to dark blue at `largest` (the largest value)."""
+    values = np.asarray(values, float)
+    share = (values / (largest or values.max() or 1)).clip(0, 1)[..., None]
+    return ((1 - share) * PAPER + share * DARK).round().astype(np.uint8)
+
+
+def signed(values: np.ndarray, largest: float | None = None) -> np.ndarray:
+    """(H, W) -> (H, W, 3) uint8: white at 0, orange above, blue below; full at `largest`."""
+    values = np.asarray(values, float)
+    return gate_colours(0.5 + 0.5 * (values / (largest or np.abs(values).max() or 1)).clip(-1, 1))
+
+
 # --- Curves -------------------------------------------------------------------------------------
+
+
+class Series(NamedTuple):
+    name: str
+    points: list[tuple[float, float]]
+    colour: tuple[int, int, int]
 
 
 class Line(NamedTuple):
@@ -193,29 +248,48 @@ def curves(log: list[dict], panels: dict[str, list[Line]]) -> Image.Image:
 
 
 def draw_panel(log, title: str, lines: list[Line], width: int, height: int) -> Image.Image:
-    """One panel, drawn at twice its size and then reduced, which smooths the lines."""
+    series = [Series(line.name, points_of(log, line), line.colour) for line in lines]
+    steps = 0, max((r["step"] for r in log), default=1)
+    return line_chart(title, series, "step", x_range=steps, size=(width, height))
+
+
+def line_chart(
+    title: str,
+    series: list[Series],
+    x_label: str,
+    *,
+    x_range: tuple[float, float] | None = None,
+    size: tuple[int, int] = (560, 320),
+) -> Image.Image:
+    """Lines over one pair of axes, drawn at twice their size and then reduced, which smooths them.
+
+    x_range is that of the points if left out; y runs from a round number to a round number.
+    """
+    width, height = size
     image = Image.new("RGB", (2 * width, 2 * height), PAPER)
     draw, face = ImageDraw.Draw(image), font(24)
-    left, right, top, bottom = 110, 2 * width - 40, 80, 2 * height - 60
-    series = [[(r["step"], r[line.column]) for r in log if usable(r, line)] for line in lines]
-    values = [y for points in series for _, y in points]
-    last = max((r["step"] for r in log), default=1)
+    left, right, top, bottom = 110, 2 * width - 40, 94, 2 * height - 86
+    points = [point for line in series for point in line.points]
+    start, end = x_range or (min(x for x, _ in points), max(x for x, _ in points))
+    values = [y for _, y in points]
     ticks = nice_ticks(min(values, default=0), max(values, default=1))
 
     def place(x: float, y: float) -> tuple[float, float]:
         share = (y - ticks[0]) / (ticks[-1] - ticks[0])
-        return left + x / last * (right - left), bottom - share * (bottom - top)
+        return left + (x - start) / (end - start) * (right - left), bottom - share * (bottom - top)
 
     for tick in ticks:
-        y = place(0, tick)[1]
+        y = place(start, tick)[1]
         draw.line((left, y, right, y), fill=GREY, width=1)
         draw.text((left - 12, y), f"{tick:.4g}", INK, face, anchor="rm")
-    draw.text((left, bottom + 14), "0", INK, face, anchor="ma")
-    draw.text((right, bottom + 14), f"step {last}", INK, face, anchor="ra")
+    for tick in nice_ticks(start, end):
+        if start <= tick <= end:
+            draw.text((place(tick, 0)[0], bottom + 14), f"{tick:.6g}", INK, face, anchor="ma")
+    draw.text(((left + right) / 2, 2 * height - 8), x_label, INK, face, anchor="md")
     draw.text((left, 12), title, INK, font(28))
     x = left
-    for line, points in zip(lines, series, strict=True):
-        path = [place(*point) for point in points]
+    for line in series:
+        path = [place(*point) for point in line.points]
         draw.line(path, fill=line.colour, width=4, joint="curve")
         if len(path) < 15:
             for px, py in path:
@@ -225,9 +299,10 @@ def draw_panel(log, title: str, lines: list[Line], width: int, height: int) -> I
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def usable(row: dict, line: Line) -> bool:
-    value = row.get(line.column)
-    return value is not None and math.isfinite(value)
+def points_of(log: list[dict], line: Line) -> list[tuple[float, float]]:
+    """(step, value) of the rows that have a finite value."""
+    values = [(row["step"], row.get(line.column)) for row in log]
+    return [(step, y) for step, y in values if y is not None and math.isfinite(y)]
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
@@ -237,6 +312,40 @@ def nice_ticks(low: float, high: float) -> list[float]:
     unit *= next(m for m in (0.1, 0.2, 0.5, 1, 2) if spread / (m * unit) <= 6)
     first, last = math.floor(low / unit), math.ceil(high / unit)
     return [i * unit for i in range(first, max(last, first + 1) + 1)]
+
+
+# --- Bars ---------------------------------------------------------------------------------------
+
+
+def bars(title: str, groups: list[str], values: dict[str, list[float]], form: str = "{:.0f}"):
+    """Horizontal bars from 0: for each group one of each series, with its number at its end.
+
+    values: series -> a value of 0 or more for each group. A series called CNN or Transformer has
+    that branch's colour.
+    """
+    face, thick, left, width = font(26), 34, 330, 1240
+    pitch = thick * len(values) + 22
+    image = Image.new("RGB", (width, 110 + pitch * len(groups)), PAPER)
+    draw = ImageDraw.Draw(image)
+    branches, others = {"CNN": CNN_COLOUR, "Transformer": TRANSFORMER_COLOUR}, iter(PALETTE)
+    colours = {name: branches.get(name) or next(others) for name in values}
+    longest = max(max(numbers) for numbers in values.values()) or 1
+    draw.text((20, 12), title, INK, font(28))
+    x = 20
+    for name, colour in colours.items() if len(values) > 1 else ():
+        draw.text((x, 54), name, colour, face)
+        x += face.getlength(name) + 30
+    for number, group in enumerate(groups):
+        top = 98 + pitch * number
+        middle = top + thick * len(values) / 2
+        draw.text((left - 16, middle), group, INK, face, anchor="rm")
+        for name, numbers in values.items():
+            end = left + numbers[number] / longest * (width - left - 150)
+            draw.rectangle((left, top, end, top + thick - 5), fill=colours[name])
+            shown = form.format(numbers[number])
+            draw.text((end + 12, top + thick / 2 - 2), shown, INK, face, anchor="lm")
+            top += thick
+    return reduced(image.resize((width // 2, image.height // 2), Image.Resampling.LANCZOS))
 
 
 # --- Differences between settings ---------------------------------------------------------------

@@ -1334,11 +1334,53 @@ EXPERIMENT = [
           "            projections = self.shared_space(output)\n",
           "experiments/test_settings.py::test_each_setting_learns_in_half_precision"),
 ]
+
+# --- Notebooks and figures ------------------------------------------------------------------------
+
+FIGURES, SOLVED = "experiments/test_figures.py", "test_solutions.py"
+TEACHING = [
+    Fault("kernels/distill.py", "the transfer's teacher learns: its notebook stops",
+          "kl_divergence(teacher=log_p_c.detach(), student=log_p_t)",
+          "kl_divergence(teacher=log_p_c, student=log_p_t)",
+          "'test_notebooks.py::test_it_runs_and_prints_what_it_shows[03_transfer]'"),
+    Fault("kernels/upsample.py", "a dual cell has other weights: its notebook stops",
+          'mode="linear", align_corners=False',
+          'mode="linear", align_corners=True',
+          "'test_notebooks.py::test_it_runs_and_prints_what_it_shows[05_kernels]'"),
+    Fault("notebooks/solutions.py", "two halves of a softmax are joined without rescaling",
+          "torch.exp(state[0] - top)",
+          "torch.exp(0 * state[0])",
+          f"{SOLVED}::test_two_halves_join"),
+    Fault("notebooks/solutions.py", "the 3 x 3 is merged without turning it",
+          "small.flip(2, 3)",
+          "small",
+          f"{SOLVED}::test_one_kernel_of_13_agrees_inside_and_not_at_the_border"),
+    Fault("notebooks/solutions.py", "the penalty's gradient includes the diagonal",
+          "covariance - torch.diag(torch.diagonal(covariance))",
+          "covariance",
+          f"{SOLVED}::test_the_penaltys_gradient"),
+    Fault("experiments/figures_parts.py", "the sum of the kernels is flat",
+          "total += covered",
+          "total = covered",
+          f"{FIGURES}::test_the_sum_of_the_kernels_counts_them"),
+    Fault("experiments/figures_teaching.py", "errors are marked at ignored pixels",
+          " & (sample.truth != IGNORE)",
+          "",
+          f"{FIGURES}::test_errors_are_where_a_branch_is_wrong_and_not_where_the_label_is_ignored"),
+    Fault("support/pictures.py", "a colour that colour-blind people take for another",
+          "(0, 158, 115), (204, 121, 167)",
+          "(0, 158, 115), (213, 94, 90)",
+          "support/test_pictures.py::test_colours_can_be_told_apart_by_colour_blind_people"),
+    Fault("support/pictures.py", "a signed map has its colours exchanged",
+          "gate_colours(0.5 + 0.5 *",
+          "gate_colours(0.5 - 0.5 *",
+          "support/test_pictures.py::test_heat_and_signed"),
+]
 # fmt: on
 
 FAULTS = [
     *(METHOD + LOOP + KERNELS + DATA + SCORES + INFERENCE),
-    *(WEIGHTS + CHECKPOINTS + RANKS + EXPERIMENT),
+    *(WEIGHTS + CHECKPOINTS + RANKS + EXPERIMENT + TEACHING),
 ]
 
 

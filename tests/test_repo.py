@@ -26,7 +26,7 @@ SOURCES = sorted(
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
 PAGES += [ROOT / name for name in ("docs/data.md", "docs/training.md", "docs/weights.md")]
-PAGES += [ROOT / "kernels/README.md", ROOT / "experiments/README.md"]
+PAGES += [ROOT / f"{room}/README.md" for room in ("kernels", "experiments", "notebooks")]
 
 
 def name_of(path: Path) -> str:

@@ -119,3 +119,81 @@ def test_side_by_side_shows_maps_and_pixels_twice_as_large():
     image = np.asarray(pictures.side_by_side({"image": [pixels], "map": [labels]}, classes))
     assert (image[26:42, 6:22] == 77).all()
     assert (image[26:42, 28:36] == (10, 200, 30)).all() and (image[26:42, 36:44] == 0).all()
+
+
+# --- What notebooks show --------------------------------------------------------------------------
+
+
+def test_heat_and_signed():
+    shown = pictures.heat(np.array([[0.0, 2.0]]))[0]
+    assert tuple(shown[0]) == pictures.PAPER and tuple(shown[1]) == pictures.DARK
+    assert (pictures.heat(np.zeros((2, 2))) == 255).all()  # nothing is divided by 0
+    shown = pictures.signed(np.array([[-3.0, 0.0, 3.0, 1.5]]))[0]
+    assert tuple(shown[0]) == pictures.TRANSFORMER_COLOUR and tuple(shown[2]) == pictures.CNN_COLOUR
+    assert tuple(shown[1]) == pictures.PAPER and shown[3, 2] > shown[2, 2]
+
+
+def test_a_row_enlarges_pixels_and_keeps_ink_and_paper():
+    """Each pixel of a small panel is a square; the larger edge has `side` pixels."""
+    panel = np.array([[[200, 0, 0], [0, 0, 200]]], np.uint8)  # (1, 2, 3)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    picture = pictures.row({"a": panel, "b": noise}, side=64)
+    shown = np.asarray(picture.convert("RGB")).astype(int)
+    assert picture.mode == "P" and tuple(shown[0, 0]) == pictures.PAPER
+    assert np.ptp(shown[26:58, 6:38], axis=(0, 1)).max() == 0
+    assert (np.abs(shown[30, 20] - panel[0, 0]) < 60).all()
+    assert (np.abs(shown[30, 50] - panel[0, 1]) < 60).all()
+    colours = {colour for _, colour in picture.convert("RGB").getcolors()}
+    assert pictures.INK in colours  # of the titles
+
+
+def test_a_chart_names_its_x_and_bars_are_as_long_as_their_values():
+    lines = [pictures.Series("a", [(-2.0, 0.0), (2.0, 1.0)], (255, 0, 0))]
+    pixels = np.asarray(pictures.line_chart("title", lines, "x")).astype(int)
+    columns = np.nonzero(((pixels[..., 0] > 200) & (pixels[..., 1] < 100)).any(0))[0]
+    assert columns[0] < 70 and columns[-1] > 530  # from the smallest x to the largest, of 560
+    values = {"CNN": [10.0, 5.0], "Transformer": [0.0, 10.0]}
+    pixels = np.asarray(pictures.bars("title", ["a", "b"], values).convert("RGB")).astype(int)[45:]
+    for name, colour in (
+        ("CNN", pictures.CNN_COLOUR),
+        ("Transformer", pictures.TRANSFORMER_COLOUR),
+    ):
+        here = np.abs(pixels - colour).sum(-1) < 20
+        middle = len(pixels) // 2 - 5
+        lengths = [
+            np.ptp(np.nonzero(half.any(0))[0]) if half.any() else 0
+            for half in (here[:middle], here[middle:])
+        ]
+        assert lengths == pytest.approx([37.9 * v for v in values[name]], abs=4), name
+
+
+# Machado, Oliveira and Fernandes, "A physiologically-based model for simulation of color vision
+# deficiency", 2009: linear RGB as it is seen without the long and without the middle wavelengths.
+DEFICIENCIES = {
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+}
+
+
+@pytest.mark.parametrize("matrix", DEFICIENCIES.values(), ids=DEFICIENCIES.keys())
+def test_colours_can_be_told_apart_by_colour_blind_people(matrix):
+    """The branches' two and the palette, each with white: no two come closer than 40 of 255 in
+    every band. (The classes have the colours of their publishers.)"""
+
+    def seen(colours):
+        linear = (np.array(colours) / 255) ** 2.2 @ np.array(matrix).T
+        return 255 * linear.clip(0, 1) ** (1 / 2.2)
+
+    branches = pictures.CNN_COLOUR, pictures.TRANSFORMER_COLOUR, pictures.PAPER
+    for colours in (branches, (*pictures.PALETTE, pictures.PAPER)):
+        shown = seen(colours)
+        gaps = np.abs(shown[:, None] - shown[None]).max(-1) + 255 * np.eye(len(shown))
+        assert gaps.min() > 40, colours[np.argmin(gaps.min(1))]
