@@ -110,8 +110,7 @@ class Config:
 
 # --- The run --------------------------------------------------------------------------------------
 
-REPORTS = 30  # a run has at most so many
-SECONDS_PER_SAVE = 600.0  # what a run that is killed loses at most
+REPORTS, SECONDS_PER_SAVE = 30, 600.0  # so many at most; what a run that is killed loses at most
 
 
 class Run:
@@ -303,9 +302,8 @@ class Run:
         scores = {}
         options = {"device": self.device, "ranks": self.ranks}
         for name, branch in self.model.branches.items():
-            branch = replayed_on(self.device, branch)
-            with Progress(f"scoring the {name}") as progress:
-                scores[name] = evaluate(branch, dataset, progress, **options)
+            with Progress(f"scoring the {name}") as shown:
+                scores[name] = evaluate(replayed_on(self.device, branch), dataset, shown, **options)
         self.model.train()
         return scores
 
@@ -340,11 +338,11 @@ class Run:
 
     def finish(self) -> None:
         """metrics.json."""
-        entry = {"validation": {k: v for k, v in self.best.items() if k != "cnn"}}
-        entry |= {"cnn_validation": self.best.get("cnn"), "cost": self.cost()}
-        seconds, peak = round(self.seconds, 1), memory.peak_bytes(self.device)
-        entry |= {"training_seconds": seconds, "peak_memory_bytes": peak}
-        entry |= {"machine": machine.describe(self.device)}
+        best, cnn = {k: v for k, v in self.best.items() if k != "cnn"}, self.best.get("cnn")
+        entry = {"validation": best, "cnn_validation": cnn, "cost": self.cost()}
+        seconds, about = round(self.seconds, 1), machine.describe(self.device)
+        entry |= {"training_seconds": seconds, "machine": about}
+        entry |= {"peak_memory_bytes": memory.peak_bytes(self.device)}
         if self.ranks.is_first:
             checkpoint.save_json(entry, self.config.out / "metrics.json")
 
@@ -387,8 +385,8 @@ def load_data(config: Config) -> tuple[Dataset, Dataset]:
 
 def make_windows(config: Config, scenes: list[Scene], augment=True, ranks=ALONE) -> Windows:
     """Of this process: its share of the batch."""
-    fraction, default = config.rare_class_fraction, data.default_rare_class_fraction
-    fraction = default(scenes) if fraction is None else fraction
+    fraction = config.rare_class_fraction
+    fraction = data.default_rare_class_fraction(scenes) if fraction is None else fraction
     size = (config.crop, ranks.share_of_batch(config.batch), config.seed, ranks.rank)
     return Windows(scenes, *size, rare_class_fraction=fraction, augment=augment)
 

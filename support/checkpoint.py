@@ -228,8 +228,9 @@ def read(path: Path, *kinds: str) -> dict:
     if not isinstance(contents, dict) or "kind" not in contents:
         raise CheckpointError(f"{path}: not a checkpoint of this project")
     if contents["kind"] not in kinds:
-        hint = {"ctclm-transformer": "best.pt", "ctclm-training": "last.pt"}[kinds[0]]
-        raise CheckpointError(f"{path}: holds {contents['kind']!r}, not {kinds[0]!r}: take {hint}")
+        files = {"ctclm-transformer": ": take best.pt", "ctclm-training": ": take last.pt"}
+        hint = files.get(kinds[0], "")
+        raise CheckpointError(f"{path}: holds {contents['kind']!r}, not {kinds[0]!r}{hint}")
     if name := not_finite(contents["model"]):
         raise CheckpointError(f"{path}: the weights of {name} are not finite")
     return contents
