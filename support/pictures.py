@@ -181,17 +181,17 @@ def reduced(picture: Image.Image) -> Image.Image:
 
 def sheet(columns: dict[str, list[np.ndarray]], key: Image.Image) -> Image.Image:
     """Panels (H, W, 3 or more bands) one below the other under their titles, a legend below all."""
-    side = max(max(panel.shape[:2]) for panels in columns.values() for panel in panels)
+    wide, high = (max(p.shape[i] for panels in columns.values() for p in panels) for i in (1, 0))
     gap, top, count = 6, 26, max(map(len, columns.values()))
-    width = max(gap + len(columns) * (side + gap), key.width)
-    image = Image.new("RGB", (width, top + count * (side + gap) + key.height), PAPER)
+    width = max(gap + len(columns) * (wide + gap), key.width)
+    image = Image.new("RGB", (width, top + count * (high + gap) + key.height), PAPER)
     draw = ImageDraw.Draw(image)
     for column, (title, panels) in enumerate(columns.items()):
-        x = gap + column * (side + gap)
+        x = gap + column * (wide + gap)
         draw.text((x, 4), title, INK, font(15))
         for number, panel in enumerate(panels):
             shown = Image.fromarray(panel[..., :3].astype(np.uint8))
-            image.paste(shown, (x, top + number * (side + gap)))
+            image.paste(shown, (x, top + number * (high + gap)))
     image.paste(key, (0, image.height - key.height))
     return image
 

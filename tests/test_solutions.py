@@ -134,6 +134,7 @@ def test_a_mixture_as_teacher_has_selectives_gradients():
     assert torch.allclose(of_c, (1 - r[:, None]) * -gap, atol=1e-12, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:reduction")  # PyTorch itself warns of it
 def test_mean_divides_by_the_classes_too():
     log_c, log_t = torch.randn(2, 2, 7, 6, 6).log_softmax(2)
     wrong, right = solutions.mean_reduction(log_c, log_t)
