@@ -160,7 +160,7 @@ def examine_tile(
     elif empty:
         faults.append(f"{tile.label}: every pixel is ignored, there is nothing to learn from")
     if rows and (doubt := rows.no_data.doubt()):
-        notes.append(f"{tile.image}: {doubt}")
+        faults.append(f"{tile.image}: {doubt}")
     sums, counts = np.zeros((K, 1 if image is None else image.shape[2])), np.zeros(K, int)
     if label is not None:
         if files.encoding.corners and (fault := swapped_label(tile.label, pixels[:K])):

@@ -51,7 +51,8 @@ class Decoder:
         return rows, image
 
     def label(self, path: Path | None, image_path: Path, image: ImageRows) -> DecodedLabel:
-        """The classes of a label file; DataError unless it is as large as the image.
+        """The classes of a label file; DataError unless it is as large as the image, or when the
+        image's transparency looks like infrared.
 
         They are ignored where the image has no data.
         """
@@ -67,14 +68,16 @@ class Decoder:
             check_size(reader.shape, image.shape, path, image_path)  # before the work
             if sentence := misplaced(path, image_path):
                 raise DataError(sentence)
-            pixels, cells = self.decode_label(reader, name)
+            pixels, cells = self.decode_label(reader, name, image_path)
         check_size(pixels.shape, image.shape, path, image_path)
         K, notes = len(self.classes.names), ()
         if unknown := cells[..., K].sum():
             notes = (f"{path}: {unknown} pixels have a colour of no class; they are ignored",)
         return DecodedLabel(pixels, np.array(cells[..., :K]), notes)
 
-    def decode_label(self, reader: LabelReader, name: str) -> tuple[Pixels, Pixels]:
+    def decode_label(
+        self, reader: LabelReader, name: str, image_path: Path
+    ) -> tuple[Pixels, Pixels]:
         """The classes (H, W), and how many of each and of UNKNOWN lie in squares of CELL."""
         K, counts = len(self.classes.names), []
 
@@ -84,6 +87,8 @@ class Decoder:
                 rows[rows == UNKNOWN] = IGNORE
                 yield rows
             reader.check(self.max_unknown)  # before the label gets its name in the cache
+            if doubt := reader.image.no_data.doubt():
+                raise DataError(f"{image_path}: {doubt}")
 
         pixels = self.cache.store(f"{name}.label", reader.shape, np.uint8, blocks())
         cells = np.concatenate(counts)

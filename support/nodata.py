@@ -43,6 +43,7 @@ from support.raster import (
 from support.tiff import TiffRows
 
 NO_ALPHA = "gdal_translate -co ALPHA=NO IN.tif OUT.tif"
+NO_FOURTH = "gdal_translate -b 1 -b 2 -b 3 IN.tif OUT.tif"
 LIKE_INFRARED = 0.5  # an alpha with more of its pixels neither 0 nor 255 is none
 
 
@@ -92,7 +93,7 @@ class NoData:
             return ""
         return (
             "its last band is declared as transparency, but varies like an image; if it is "
-            f"infrared: {NO_ALPHA}"
+            f"infrared: {NO_ALPHA}; if not, keep the colours: {NO_FOURTH}"
         )
 
     def stamp(self) -> str:

@@ -375,10 +375,14 @@ def test_no_data_is_a_note_with_its_share(run, tmp_path, write_folder, write_tif
     assert code == 0 and f"note: {what}\n" in out
     (row,) = [line for line in out.splitlines() if line.startswith("train x")]
     assert float(row.split()[-2]) == 25.0
-    pixels[..., 3] = pixels[..., 0]  # infrared that a program has declared as transparency
+    pixels[..., 3] = pixels[..., 0].clip(1)  # infrared that a program has declared as transparency
     save(path, pixels)
-    _, out = run("folder", "--root", root)
-    assert "x.png: its last band is declared as transparency, but varies like an image; if" in out
+    code, out = run("folder", "--root", root)
+    doubt = "x.png: its last band is declared as transparency, but varies like an image; if"
+    assert code == 1 and f"{doubt} it is infrared: gdal_translate -co ALPHA=NO" in out
+    for cache in (None, tmp_path / "cache", tmp_path / "cache"):
+        with pytest.raises(DataError, match=doubt):
+            data.load("folder", root, cache=cache)
 
 
 def test_a_mask_that_lies_elsewhere_is_a_fault_of_the_audit_and_of_training(
