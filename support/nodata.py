@@ -40,7 +40,7 @@ from support.raster import (
     text_of,
     tiff_header,
 )
-from support.tiff import TiffRows
+from support.tiff import TiffRows, fits
 
 NO_ALPHA = "gdal_translate -co ALPHA=NO IN.tif OUT.tif"
 NO_FOURTH = "gdal_translate -b 1 -b 2 -b 3 IN.tif OUT.tif"
@@ -105,7 +105,7 @@ class NoData:
     def of_tags(tags: Tags) -> float:
         """The value of a chunk that was never written: the no-data value of the tags, or 0."""
         value = as_number(text_of(tags, GDAL_NO_DATA))
-        return value if value is not None and 0 <= value <= 255 else 0
+        return 0 if value is None else value
 
 
 def no_data_values(path: Path, found: Header, count: int, dtype: np.dtype) -> list | None:
@@ -133,16 +133,6 @@ def as_number(text: str | None) -> float | None:
         return float(text)
     except (ValueError, TypeError):
         return None
-
-
-def fits(value: float | None, dtype: np.dtype) -> bool:
-    """Whether a pixel of this dtype can have the value; nan equals nothing."""
-    if value is None or value != value:
-        return False
-    if dtype.kind == "f":
-        return True
-    limits = np.iinfo(dtype)
-    return float(value).is_integer() and limits.min <= value <= limits.max
 
 
 def masks(path: Path, found: Header) -> list[TiffRows]:

@@ -56,8 +56,8 @@ class TiffRows(Rows):
     """
 
     def __init__(self, path: Path, header: Header, tags: Tags, fill: float = 0):
-        """fill: the value of chunks that were never written."""
-        self.path, self.header, self.tags, self.fill = path, header, tags, fill
+        """fill: the value of chunks that were never written; 0 where no pixel can have it."""
+        self.path, self.header, self.tags = path, header, tags
         H, W, C = self.shape = (header.height, header.width, header.bands)
         if header.compression.startswith("number") or first_value(tags, FILL_ORDER, 1) != 1:
             raise DataError(
@@ -66,6 +66,7 @@ class TiffRows(Rows):
                 f"gdal_translate -co COMPRESS=DEFLATE IN.tif OUT.tif"
             )
         self.dtype = self.stored_dtype()
+        self.fill = fill if self.dtype.kind == "f" or fits(fill, self.dtype) else 0
         if header.tiled:
             self.chunk_height = first_value(tags, TILE_HEIGHT, 0)
             self.chunk_width = first_value(tags, TILE_WIDTH, 0)
@@ -272,6 +273,16 @@ class TiffRows(Rows):
         padding = b"\0" * (position % 2)
         body = b"".join([*chunks, padding])
         return tiff_file_header(8 + len(body)) + body + tiff_directory(tags, 8 + len(body))
+
+
+def fits(value: float | None, dtype: np.dtype) -> bool:
+    """Whether a pixel of this dtype can have the value; nan equals nothing."""
+    if value is None or value != value:
+        return False
+    if dtype.kind == "f":
+        return True
+    limits = np.iinfo(dtype)
+    return float(value).is_integer() and limits.min <= value <= limits.max
 
 
 def join_planes(planes) -> np.ndarray:

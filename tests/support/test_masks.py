@@ -108,6 +108,17 @@ def test_a_no_data_value_that_is_no_index(tmp_path, write_tiff):
         assert (found[3] == NO_INDEX).all() and np.array_equal(found[4:], values[4:])
 
 
+@pytest.mark.parametrize("dtype, text", [("i2", b"-9999\0"), ("u2", b"65535\0"), ("f4", b"nan\0")])
+def test_strips_never_written_are_no_index(tmp_path, write_tiff, dtype, text):
+    """Where the no-data value is none. They were class 0."""
+    values = np.ones((16, 30), dtype)
+    strips = {273: (4, [0, 16 + values.nbytes // 2]), 279: (4, [0, values.nbytes // 2])}
+    tags = strips | {42113: (2, text)}
+    path = write_any(write_tiff, tmp_path / "m.tif", values, rows=8, tags=tags)
+    indices = MaskRows(path).read(0, 16)
+    assert (indices[:8] == NO_INDEX).all() and (indices[8:] == 1).all()
+
+
 def test_colours(tmp_path, write_tiff):
     pixels = noise(20, 30, 3)
     opaque = np.dstack([pixels, np.full((20, 30), 255, np.uint8)])
