@@ -41,6 +41,8 @@ WORLD_FILES = {  # the endings in use for each format
 # MapInfo, OziExplorer, QGIS, ArcGIS, ERDAS: these name another file, or no GDAL reads them.
 OTHER_FILES = (".tab", ".map", ".points", ".tfwx", ".pgwx", ".jgwx", ".aux", ".qpj", ".rpb")
 GPS = 34853  # a directory of EXIF
+# A system in well-known text ends with its own code. Those inside are of its datum, of the metre.
+OUTERMOST_CODE = r'(?:AUTHORITY|ID)\["EPSG",\s*"?(\d+)"?\]\s*\]\s*$'
 TOLERANCE = 0.6  # pixels; half a pixel is how far programs disagree about centres and corners
 
 
@@ -87,15 +89,19 @@ def has_gps(path: Path) -> bool:
 
 
 def save_side_files(place: Georeference, path: Path) -> None:
-    """Write the side files under the name of `path`, with the ending that its format uses."""
+    """Write the side files under the name of `path`, with the ending that its format uses.
+
+    Those of an earlier map of this name are removed: they would place this one.
+    """
     path = Path(path)
     world = {".tif": ".tfw", ".png": ".pgw"}[path.suffix]
-    kept = {".wld": ".wld", ".prj": ".prj", ".rpb": ".RPB", "_rpc.txt": "_RPC.TXT"}
+    endings = {".wld": ".wld", ".prj": ".prj", ".rpb": ".RPB", "_rpc.txt": "_RPC.TXT"}
+    names = {ending: f"{path.stem}{kept}" for ending, kept in endings.items()}
+    names[".aux.xml"], names["world"] = f"{path.name}.aux.xml", f"{path.stem}{world}"
+    for name in names.values():
+        path.with_name(name).unlink(missing_ok=True)
     for ending, content in place.files.items():
-        name = f"{path.stem}{kept.get(ending, world)}"
-        if ending == ".aux.xml":
-            name = f"{path.name}.aux.xml"
-        path.with_name(name).write_bytes(content)
+        path.with_name(names.get(ending, names["world"])).write_bytes(content)
 
 
 # --- FILE.aux.xml -------------------------------------------------------------------------------
@@ -127,7 +133,11 @@ def misplaced(mask: Path, image: Path) -> str:
     """A sentence when both are georeferenced and lie at different places; else ""."""
     codes = epsg_code(mask), epsg_code(image)
     if None not in codes and codes[0] != codes[1]:
-        return f"{mask}: is in EPSG:{codes[0]}, but its image {image} in EPSG:{codes[1]}"
+        return (
+            f"{mask}: is in EPSG:{codes[0]}, but its image {image} in EPSG:{codes[1]}; convert it: "
+            f"gdalwarp -r near -t_srs EPSG:{codes[1]} IN.tif OUT.tif, or, if only its code is "
+            f"wrong: gdal_edit.py -a_srs EPSG:{codes[1]} {mask.name}"
+        )
     of_mask, of_image = transformation(mask), transformation(image)
     if of_mask is None or of_image is None:
         return ""
@@ -203,10 +213,10 @@ def epsg_code(path: Path) -> int | None:
     """Of the coordinate system; None where it has no number."""
     xml = aux_xml(path)
     if xml is not None and (text := xml.findtext("SRS")):
-        codes = re.findall(r'EPSG(?:"|:)[,: "]*(\d+)', text)
-        return int(codes[-1]) if codes else None
+        code = re.fullmatch(r"\s*EPSG:(\d+)\s*", text) or re.search(OUTERMOST_CODE, text)
+        return int(code[1]) if code else None
     tags = read_tags(path) if header(path).format == "TIFF" else {}
-    for key in (PROJECTED_KEY, GEOGRAPHIC_KEY):
-        if (code := geo_key(tags, key)) not in (None, USER_DEFINED):
-            return code
-    return None
+    code = geo_key(tags, PROJECTED_KEY)
+    if code is None:  # a user-defined projection has no number, though its base has one
+        code = geo_key(tags, GEOGRAPHIC_KEY)
+    return None if code == USER_DEFINED else code

@@ -151,6 +151,19 @@ def test_only_what_says_where_is_carried_from_an_aux_xml(tmp_path, write_tiff):
     assert written.find("SRS").get("dataAxisToSRSAxisMapping") == "1,2"
 
 
+def test_side_files_of_an_earlier_map_are_removed(tmp_path, write_tiff):
+    """GDAL prefers FILE.aux.xml to the tags: the map would lie where the other image did."""
+    folder, earlier = tmp_path / "in", {".tfw": WORLD, ".wld": WORLD, ".prj": "x", ".RPB": RPB}
+    scene = write_scene(folder, "a.tif", {}, earlier | pam(SRS, GEO), write_tiff)
+    (folder / "a_RPC.TXT").write_text("x")
+    write_map(scene)
+    assert len([*folder.glob("map*")]) == 7
+    for path in folder.glob("a[._]*"):
+        path.unlink()
+    write_map(write_scene(folder, "a.tif", SCALE | TIE | KEYS, {}, write_tiff))
+    assert [path.name for path in folder.glob("map*")] == ["map.tif"]
+
+
 def test_what_is_absent_or_broken_says_nothing(tmp_path, write_tiff):
     broken = {".aux.xml": "<PAMDataset><SRS>"}
     scene = write_scene(tmp_path / "in", "a.png", {}, broken, write_tiff)
@@ -196,7 +209,7 @@ def mask_at(column=0.0, row=0.0, scale=1.0, code=25833):
         (mask_at(1), "1.0 pixels apart"),
         (mask_at(-7, 24), "24.0 pixels apart"),
         (mask_at(scale=2), "30.0 pixels apart"),
-        (mask_at(code=32632), "is in EPSG:32632, but its image .*a.tif in EPSG:25833"),
+        (mask_at(code=32632), "is in EPSG:32632, but .*a.tif in EPSG:25833; .* -t_srs EPSG:25833"),
         ({}, ""),
         (CONTROL | KEYS, ""),
     ],
@@ -208,6 +221,31 @@ def test_a_mask_that_lies_elsewhere(tmp_path, write_tiff, mask, sentence):
     assert bool(found) == bool(sentence)
     assert re.search(sentence, found) and found.startswith(str(path) if sentence else ""), found
     assert misplaced(path, write_scene(tmp_path / "in", "b.png", {}, {}, write_tiff)) == ""
+
+
+METRE = 'UNIT["metre",1,AUTHORITY["EPSG","9001"]]'
+NAMELESS = f'PROJCS["mine",GEOGCS["base",AUTHORITY["EPSG","4258"]],{METRE}]'
+OWN_KEYS = {34735: (3, [1, 1, 0, 2, 2048, 0, 1, 4258, 3072, 0, 1, 32767])}
+BASE_KEYS = {34735: (3, [1, 1, 0, 1, 2048, 0, 1, 4258])}
+
+
+@pytest.mark.parametrize(
+    "system, tags, code",
+    [
+        ("EPSG:25833", {}, 25833),
+        (f'PROJCS["UTM 33",{METRE},AUTHORITY["EPSG","25833"]]', {}, 25833),
+        (f'PROJCRS["UTM 33",{METRE},ID["EPSG",25833]]', {}, 25833),
+        (NAMELESS, {}, None),
+        (f'LOCAL_CS["local",{METRE}]', {}, None),
+        ("", KEYS, 25833),
+        ("", OWN_KEYS, None),
+        ("", BASE_KEYS, 4258),
+    ],
+)
+def test_the_code_is_that_of_the_whole_system(tmp_path, write_tiff, system, tags, code):
+    """The last number of a text without one of its own is the metre's, 9001."""
+    sides = pam("<SRS>", system.replace('"', "&quot;"), "</SRS>") if system else {}
+    assert epsg_code(write_scene(tmp_path / "in", "a.tif", tags, sides, write_tiff)) == code
 
 
 def test_a_mask_may_say_its_place_in_another_way(tmp_path, write_tiff):
