@@ -29,7 +29,8 @@ from support.raster import Tags, data_errors, header, read_tags
 # Pixel scale, tie points, transformation, keys, the keys' numbers and texts, RPC. Tag 42113, the
 # image's no-data value, is left out: in a class map this value would be a class.
 SCALE, TIE_POINTS, MATRIX, KEYS = 33550, 33922, 34264, 34735
-GEO_TAGS = (SCALE, TIE_POINTS, MATRIX, KEYS, 34736, 34737, 50844)
+NUMBERS = (SCALE, TIE_POINTS, MATRIX, 34736, 50844)  # doubles, though some programs write integers
+GEO_TAGS = (*NUMBERS, KEYS, 34737)
 INTERGRAPH_TAGS = (33918, 33919, 33920)
 POINT_KEY, PROJECTED_KEY, GEOGRAPHIC_KEY, USER_DEFINED = 1025, 3072, 2048, 32767
 
@@ -72,7 +73,9 @@ def georeference(path: Path) -> Georeference:
         lost.append("Intergraph's tags")
     if form == "JPEG" and has_gps(path):
         lost.append("the camera's position in EXIF")
-    return Georeference({tag: tags[tag] for tag in GEO_TAGS if tag in tags}, files, tuple(lost))
+    carried = {tag: tags[tag] for tag in GEO_TAGS if tag in tags}
+    carried |= {tag: (12, tuple(map(float, carried[tag][1]))) for tag in {*NUMBERS} & {*carried}}
+    return Georeference(carried, files, tuple(lost))
 
 
 def beside(path: Path, ending: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 import subprocess
 
 import numpy as np
@@ -136,6 +137,27 @@ def test_tags_are_carried(tmp_path, write_tiff, name):
     scene = write_scene(tmp_path / "in", file, tags, sides, write_tiff)
     carried, written = read_tags(scene), read_tags(write_map(scene))
     assert {tag: written[tag] for tag in tags} == {tag: carried[tag] for tag in tags}
+
+
+@pytest.mark.parametrize("kind, letter", {1: "B", 3: "H", 5: "II", 8: "h", 9: "i", 11: "f"}.items())
+def test_a_place_in_numbers_of_another_type_is_written_in_doubles(
+    tmp_path, write_tiff, kind, letter
+):
+    """They ended in a KeyError after the whole map was made."""
+    tie = [0, 0, 0, 40, 50, 0]
+    path = write_scene(tmp_path, "a.tif", SCALE | {33922: (12, tie)} | KEYS, {}, write_tiff)
+    if kind == 5:
+        tie = [number for value in tie for number in (value, 1)]
+    data = bytearray(path.read_bytes())
+    entry = data.index(struct.pack("<HHI", 33922, 12, 6))
+    offset = struct.unpack_from("<I", data, entry + 8)[0]
+    struct.pack_into("<H", data, entry + 2, kind)
+    struct.pack_into(f"<{6 * letter}", data, offset, *tie)
+    path.write_bytes(data)
+    assert read_tags(path)[33922][0] == kind
+    placed = read_tags(write_map(path))[33922]
+    assert placed == (12, (0, 0, 0, 40, 50, 0))
+    np.testing.assert_array_equal(transformation(path), [[40, 0.5, 0], [50, 0, -0.25]])
 
 
 def test_a_world_file_gives_the_centre_of_the_first_pixel(tmp_path, write_tiff):
