@@ -315,6 +315,8 @@ def read_classes(path: Path) -> tuple[Classes, LabelEncoding]:
     """classes.json -> the classes, and how the masks say which one a pixel has."""
     try:
         entry = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(entry["classes"], list):
+            raise TypeError("classes must be a list of names")
         names = tuple(str(name) for name in entry["classes"])
         values = tuple(int(value) for value in entry.get("values", range(len(names))))
         own_colours = entry.get("colours", entry.get("colors")) or ()
@@ -342,6 +344,14 @@ def read_classes(path: Path) -> tuple[Classes, LabelEncoding]:
             raise DataError(f"{path}: each of the {len(names)} classes needs a {what} of its own")
     if not {*values} <= {*range(256)} or ignore is not None and ignore not in range(256):
         raise DataError(f"{path}: values and ignore must be in 0..255")
+    for colour in (*own_colours, ignore_colour or (0, 0, 0)):
+        if not {*colour} <= {*range(256)}:
+            raise DataError(f"{path}: the colour {[*colour]} is not in 0..255")
+    if ignore_colour in own_colours:
+        raise DataError(
+            f"{path}: {[*ignore_colour]} is ignored, and it is the colour of "
+            f"{names[own_colours.index(ignore_colour)]}; take it out of one of them"
+        )
     if ignore in values:
         others = [value for value in range(256) if value != ignore][: len(names)]
         raise DataError(

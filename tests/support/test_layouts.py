@@ -334,6 +334,13 @@ def test_classes_json(tmp_path, text, encoding):
         ),
         ('{"classes": ["a", "b"], "colours": [[1, 1, 1], [1, 1, 1]]}', "a colour of its own"),
         ('{"classes": ["a", "b"], "ignore": [1, 2]}', "must look like"),
+        ('{"classes": {"0": "a", "1": "b"}}', "must look like .*classes must be a list of names"),
+        ('{"classes": ["a"], "colours": [[0, 300, 0]]}', r"the colour \[0, 300, 0\] is not in 0"),
+        ('{"classes": ["a"], "ignore": [0, -1, 0]}', r"the colour \[0, -1, 0\] is not in 0..255"),
+        (
+            '{"classes": ["a", "b"], "colours": [[0, 0, 0], [9, 0, 0]], "ignore": [9, 0, 0]}',
+            r"\[9, 0, 0\] is ignored, and it is the colour of b; take it out of one of them",
+        ),
     ],
 )
 def test_a_classes_json_that_says_two_things(tmp_path, text, sentence):
