@@ -44,18 +44,26 @@ class Stretch(NamedTuple):
 def measure(images: Iterable, per_cent: tuple[float, ...]) -> Stretch:
     """The stretch of images (images.ImageRows) of 16 bits, by the values of all of them together.
 
-    Raises DataError when `per_cent` is not (LOW, HIGH), or when a band has one value only.
+    Raises DataError when `per_cent` is not (LOW, HIGH), when images differ in their bands or in the
+    type of their values, when none has a pixel with data, or when a band has one value only.
     """
     if len(per_cent) != 2 or not 0 <= per_cent[0] < per_cent[1] <= 100:
         given = " ".join(f"{number:g}" for number in per_cent)
         raise DataError(f"--stretch takes LOW and HIGH in per cent, like 2 98; got {given}")
-    counts, dtype = 0, None  # of each value: (C, 65536)
+    counts, dtype, bands = 0, None, None  # counts of each value: (C, 65536)
     for rows in images:
         if dtype not in (None, rows.stored.dtype):
             raise DataError(f"{rows.stored.path}: has signed values, and other images have not")
         dtype = rows.stored.dtype
+        if bands not in (None, rows.shape[2]):
+            raise DataError(
+                f"{rows.stored.path}: has {rows.shape[2]} bands, and other images have {bands}"
+            )
+        bands = rows.shape[2]
         for top in range(0, rows.shape[0], ROWS):
             counts = counts + histogram(rows, top, min(top + ROWS, rows.shape[0]))
+    if not np.any(counts):
+        raise DataError("--stretch: no pixel of the images holds data")
     values = all_values(dtype)
     order, limits = np.argsort(values), []
     for number, band in enumerate(counts[:, order], 1):

@@ -68,6 +68,14 @@ def test_what_cannot_be_stretched(tmp_path, write_tiff):
     signed = write_scene(tmp_path / "signed.tif", write_tiff, np.zeros((8, 8, 3), np.int16))
     with pytest.raises(DataError, match="signed.tif: has signed values, and other images have not"):
         measure(map(open_16_bits, (flat, signed)), (2, 98))
+    four = write_scene(tmp_path / "four.tif", write_tiff, np.zeros((8, 8, 4), np.uint16))
+    with pytest.raises(DataError, match="four.tif: has 4 bands, and other images have 3"):
+        measure(map(open_16_bits, (flat, four)), (2, 98))
+    nothing = {"tags": {42113: (2, b"7\0")}}
+    empty = np.full((8, 8, 3), 7, np.uint16)
+    empty = write_scene(tmp_path / "empty.tif", write_tiff, empty, **nothing)
+    with pytest.raises(DataError, match="--stretch: no pixel of the images holds data"):
+        measure([open_16_bits(empty)], (2, 98))
     eight = write_tiff(tmp_path / "eight.tif", np.zeros((8, 8, 3), np.uint8))
     for call in (open_16_bits, lambda path: open_rows(path, Stretch(((0, 1),) * 3))):
         with pytest.raises(DataError, match="has 8 bits per band .* a stretch is for 16 bits"):
