@@ -50,7 +50,7 @@ class WholeRows(Rows):
 
 def open_stored(path: Path, found: Header) -> WholeRows | TiffRows:
     """All bands as they are stored, of any kind of values; the first row is the top."""
-    if found.orientation != 1:
+    if found.orientation in range(2, 9):  # some cameras write 0: not known
         raise DataError(
             f"{path}: is stored turned (orientation {found.orientation}), and not every program "
             f"turns it; write it upright: magick IN -auto-orient OUT, or, if its mask fits the "

@@ -225,6 +225,12 @@ def read_directory(path: Path, file, directory: ImageFileDirectory_v2) -> Tags:
             f"copy or download it again"
         )
     tags = {tag: (directory.tagtype[tag], as_tuple(directory[tag])) for tag in directory}
+    for text in (GDAL_METADATA, GDAL_NO_DATA):
+        if text in tags and not isinstance(tags[text][1], bytes):
+            raise DataError(
+                f"{path}: its tag {text} is {tags[text][1][0]}, a number, where GDAL has a text; "
+                f"write it anew: gdal_translate IN.tif OUT.tif"
+            )
     for needed in (WIDTH, HEIGHT):
         if needed not in tags:
             raise DataError(f"{path}: is damaged (there is no tag {needed})")

@@ -52,13 +52,13 @@ TURNED = ["JPEG", "JPEG by XMP", "PNG", "PNG by XMP", "PNG with EXIF at its end"
 
 
 @pytest.mark.parametrize("how", TURNED)
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", range(9))
 def test_an_image_that_viewers_turn_is_refused_in_every_format(
     tmp_path, write_tiff, how, orientation
 ):
     path = turned(tmp_path / "x.tif", how, write_tiff, orientation)
     assert header(path).orientation == orientation
-    if orientation == 1:
+    if orientation in (0, 1):
         assert read_image(path).shape == (20, 30, 3)
         return
     sentence = (
@@ -121,6 +121,12 @@ def test_a_directory_that_is_cut_off_is_called_that(tmp_path, write_tiff, cut, b
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(DataError, match="its directory is cut off at the end of the file"):
         header(path)
+
+
+def test_a_no_data_tag_that_is_no_text(tmp_path, write_tiff):
+    path = write_tiff(tmp_path / "x.tif", noise(20, 30, 3), tags={42113: (3, [7])})
+    with pytest.raises(DataError, match="x.tif: its tag 42113 is 7, a number, where GDAL has a te"):
+        open_rows(path)
 
 
 @pytest.mark.parametrize("settings", [{}, {"deflate": True}, {"deflate": True, "tile": (16, 16)}])
