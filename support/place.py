@@ -114,8 +114,8 @@ def aux_xml(path: Path) -> ElementTree.Element | None:
     """What GDAL and QGIS write beside an image, FILE.aux.xml; None if it is absent or broken."""
     try:
         return ElementTree.parse(Path(f"{path}.aux.xml")).getroot()
-    except (FileNotFoundError, ElementTree.ParseError):
-        return None
+    except (FileNotFoundError, ElementTree.ParseError, ValueError, LookupError):
+        return None  # the last two: an encoding that the parser does not know
 
 
 def place_of(xml: ElementTree.Element) -> bytes:

@@ -186,8 +186,16 @@ def test_side_files_of_an_earlier_map_are_removed(tmp_path, write_tiff):
     assert [path.name for path in folder.glob("map*")] == ["map.tif"]
 
 
-def test_what_is_absent_or_broken_says_nothing(tmp_path, write_tiff):
-    broken = {".aux.xml": "<PAMDataset><SRS>"}
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<PAMDataset><SRS>",
+        '<?xml version="1.0" encoding="GBK"?><PAMDataset/>',
+        '<?xml version="1.0" encoding="nonsense"?><PAMDataset/>',
+    ],
+)
+def test_what_is_absent_or_broken_says_nothing(tmp_path, write_tiff, text):
+    broken = {".aux.xml": text}
     scene = write_scene(tmp_path / "in", "a.png", {}, broken, write_tiff)
     assert aux_xml(scene) is None and transformation(scene) is None
     assert georeference(scene) == ({}, {}, ("a.png.aux.xml (cannot be parsed)",))
