@@ -46,7 +46,10 @@ def propose(folder: Path) -> list[str]:
                     f"{mask}: there are more than {MOST} {kind_of(rows.coloured)} up to here, too "
                     f"many for classes; is it a photograph, or was it saved with losses?"
                 )
-    entry = classes_of(sorted(value for value in pixels if value != NO_INDEX))
+    found = sorted(value for value in pixels if value != NO_INDEX)
+    if not found:
+        raise DataError(f"{masks[0].parent}: all pixels of the masks have their no-data value")
+    entry = classes_of(found)
     parts = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in entry.items())
     text = "{" + ",\n ".join(parts) + "}\n"
     path.write_text(text, encoding="utf-8")

@@ -50,18 +50,22 @@ def test_what_is_written_reads_the_masks(tmp_path, how):
     assert f"{shares[0]:7.2%}" in lines[0] and min(shares) > 0.2
 
 
-def test_what_cannot_be_proposed(tmp_path):
+def test_what_cannot_be_proposed(tmp_path, write_tiff):
     folder_of(tmp_path / "mixed", grid(0, 1), grid((9, 0, 0), (0, 0, 0)))
     photo = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
     folder_of(tmp_path / "photo", photo)
     folder_of(tmp_path / "there", grid(0, 1))
     (tmp_path / "there/classes.json").write_text("{}")
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "empty").mkdir()
+    tags = {339: (3, [2]), 42113: (2, b"-1\0")}
+    write_tiff(tmp_path / "empty/m.tif", np.full((8, 8, 1), -1, np.int16), tags=tags)
     for name, sentence in {
         "mixed": "1.png: holds colours, .*0.png does not",
         "photo": "0.png: there are more than 100 colours up to here, .* is it a photograph",
         "there": "classes.json: is there already",
         "nothing": "nothing: holds no masks",
+        "empty": "empty: all pixels of the masks have their no-data value",
         "nowhere": "nowhere: holds no masks",
     }.items():
         with pytest.raises(DataError, match=sentence):
