@@ -284,12 +284,18 @@ def find_folder(root: Path, split: str, tiles: tuple[str, ...]) -> SplitFiles:
     if not images:
         raise DataError(f"{folder}: holds no .png, .jpg or .tif image")
     pairs, several = pair(images, masks)
+    claimed = defaultdict(list)  # mask -> images
+    for image, mask in pairs.items():
+        claimed[mask].append(image)
     for path in select_tiles([*images.values()], tiles, folder):
         name = stem(path)
         if name in several:
             faults.append(f"{path}: {several[name]} could be its mask; remove one")
         elif name not in pairs:
             faults.append(f"{path}: has no mask (looked for it in {masks_folder})")
+        elif len(claimed[pairs[name]]) > 1:
+            both = " and ".join(claimed[pairs[name]])
+            faults.append(f"{path}: {pairs[name]} could be the mask of {both}; name it after one")
         elif pairs[name] != name and not notes:
             notes.append(f"{masks[pairs[name]]} is taken for the mask of {path.name}, others alike")
         result.append(Tile(path.stem, path, masks.get(pairs.get(name))))

@@ -10,7 +10,8 @@ value outside 0..255 becomes NO_INDEX. One inside is left alone: QGIS declares 0
 in most masks (support/labels.py ignores it where it is none).
 
 A mask with three bands holds colours. Nothing is guessed of what may be both or neither: a JPEG, a
-mask with transparent pixels, one that is stored turned.
+mask with transparent pixels (alpha, or GDAL's mask in the file or beside it), one that is stored
+turned.
 
 Letters: H W pixels.
 """
@@ -21,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from support.images import open_stored
-from support.nodata import as_number
+from support.nodata import as_number, masks
 from support.raster import (
     GDAL_NO_DATA,
     PALETTE,
@@ -55,6 +56,7 @@ class MaskRows(Rows):
                 f"values class indices, or three, its colours those of classes.json"
             )
         self.path, self.stored, self.alpha = path, open_stored(path, found), found.alpha
+        self.masks = masks(path, found)
         self.coloured = opaque == "RGB"
         if self.coloured and self.stored.dtype != np.uint8:
             raise DataError(f"{path}: has colours of {found.bits} bits; a mask has 8: {TO_BYTES}")
@@ -67,13 +69,15 @@ class MaskRows(Rows):
     def read(self, top: int, bottom: int) -> np.ndarray:
         """(rows, W) int16, 0..255 or NO_INDEX; or (rows, W, 3) uint8."""
         pixels = self.stored.read(top, bottom)
+        opaque = [mask.read(top, bottom) for mask in self.masks]
         if self.alpha is not None:
-            if not pixels[..., self.alpha].all():
-                raise DataError(
-                    f"{self.path}: has transparent pixels, which may be a class or none; save the "
-                    f"mask without transparency: gdal_translate -b 1 (-b 2 -b 3) IN OUT.tif"
-                )
+            opaque.append(pixels[..., self.alpha])
             pixels = np.delete(pixels, self.alpha, axis=2)
+        if not all(part.all() for part in opaque):
+            raise DataError(
+                f"{self.path}: has transparent pixels, which may be a class or none; save the mask "
+                f"without transparency: gdal_translate -mask none -b 1 (-b 2 -b 3) IN OUT.tif"
+            )
         return pixels if self.coloured else self.indices(pixels[..., 0])
 
     def indices(self, values: np.ndarray) -> np.ndarray:

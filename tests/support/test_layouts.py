@@ -298,6 +298,14 @@ def test_two_masks_of_an_image_are_a_fault(tmp_path):
     assert "a.tif: a_gt and a_mask could be its mask; remove one" in fault
 
 
+def test_two_images_of_a_mask_are_faults(tmp_path):
+    (tmp_path / "classes.json").write_text('{"classes": ["a", "b"]}')
+    touch(tmp_path / "train", "images/a.tif", "images/a_rgb.tif", "masks/a_mask.png")
+    faults = find_split("folder", tmp_path, "train").faults
+    sentence = "a_mask could be the mask of a and a_rgb; name it after one"
+    assert [fault.split(": ")[1] for fault in faults] == [sentence, sentence]
+
+
 @pytest.mark.parametrize(
     "text, encoding",
     [

@@ -208,6 +208,21 @@ def test_transparent_pixels_may_be_a_class_or_none(tmp_path, mode):
     assert not MaskRows(tmp_path / "m.png").read(0, 20).any()
 
 
+def test_pixels_under_a_mask_of_gdal_are_transparent(tmp_path, write_tiff):
+    """They were read as they are stored, mostly as class 0."""
+    path = tmp_path / "m.png"
+    Image.fromarray(noise(20, 30)).save(path)
+    for opaque in (True, False):
+        mask = np.full((20, 30, 1), 255, np.uint8)
+        mask[9, 9] *= opaque
+        write_tiff(tmp_path / "m.png.msk", mask)
+        if opaque:
+            assert np.array_equal(MaskRows(path).read(0, 20), noise(20, 30))
+            continue
+        with pytest.raises(DataError, match="m.png: has transparent pixels, .* -mask none"):
+            MaskRows(path).read(0, 20)
+
+
 def test_what_is_neither_indices_nor_colours(tmp_path, write_tiff):
     path = tmp_path / "m.tif"
     write_tiff(path, noise(8, 8, 1), tags={262: (3, [0])})
