@@ -20,7 +20,7 @@ import shutil
 import sys
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO, StringIO
 from pathlib import Path
 
@@ -30,6 +30,8 @@ from PIL import Image
 from support.cli import require
 
 NEWEST, BEFORE = "last.pt", "previous.pt"  # a run's two checkpoints
+FILES = {NEWEST, "best.pt", "config.json", "log.csv", "metrics.json"}  # of a run, as written
+FILES |= {"curves.png", "samples.png", "story.png"}
 
 
 class CheckpointError(ValueError):
@@ -135,16 +137,39 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 def prepare_folder(out: Path, resume: bool) -> None:
-    """Make a run's folder. UsageError where there is a run already, or none to resume."""
-    if out.is_dir():
-        for abandoned in out.glob(".*.tmp"):  # by a process that was killed while it wrote
-            abandoned.unlink()
+    """Make a run's folder. UsageError where there is a run already, or none to resume.
+
+    Of a run that goes on it removes what a killed process left half-written.
+    """
     if resume:
         require_run(out)
+        remove_abandoned(out)
     elif out.exists():
         is_new = out.is_dir() and {p.name for p in out.iterdir()} <= {"cache"}
         require(is_new, f"{out}: is not empty; continue it with --resume or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
+
+
+def remove_abandoned(out: Path) -> None:
+    """Remove the temporary files of a run's own files, but of a process that still lives."""
+    for path in out.glob(".*.tmp"):
+        found = re.fullmatch(r"\.(.+)\.(\d+)\.tmp", path.name)  # as `atomic_write` names them
+        if found and found[1] in FILES and not is_living(int(found[2])):
+            with suppress(PermissionError, FileNotFoundError):  # Windows: somebody writes to it
+                path.unlink()
+
+
+def is_living(process: int) -> bool:
+    """Whether another process has this number. Never on Windows, where asking would end it."""
+    if os.name != "posix" or process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def require_run(out: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from support import checkpoint
 from support.checkpoint import CheckpointError
+from support.cli import UsageError
 
 
 def contents(value=1.0):
@@ -111,6 +112,29 @@ def test_kill_while_saving(tmp_path):
     command = [sys.executable, "-c", SAVE_AND_KILL, tmp_path / "last.pt"]
     ended = subprocess.run(command, cwd=os.getcwd(), capture_output=True, text=True)
     assert ended.stdout == "read 12 times\n", ended.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="whether a process lives is asked as on POSIX")
+def test_only_what_a_killed_process_left_is_removed(tmp_path):
+    """And by --resume alone: not the user's files, and not those of a process that still writes."""
+    command = [sys.executable, "-c", "input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        half, notes = tmp_path / f".last.pt.{process.pid}.tmp", tmp_path / ".notes.tmp"
+        other = tmp_path / f".mine.pt.{process.pid}.tmp"
+        for path in (half, notes, other):
+            path.write_bytes(b"half of a file")
+        for resume in (False, True):
+            with pytest.raises(UsageError):  # there is no run
+                checkpoint.prepare_folder(tmp_path, resume)
+        checkpoint.save_json({}, tmp_path / "config.json")
+        checkpoint.prepare_folder(tmp_path, resume=True)
+        assert {half, notes, other} <= {*tmp_path.iterdir()}
+        process.communicate(b"\n")
+    with pytest.raises(UsageError, match="is not empty"):
+        checkpoint.prepare_folder(tmp_path, resume=False)
+    assert half.exists()
+    checkpoint.prepare_folder(tmp_path, resume=True)
+    assert {*tmp_path.iterdir()} == {notes, other, tmp_path / "config.json"}
 
 
 def damaged(path, what):
