@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from ctclm import CTCLM, VARIANTS, Transformer
 from data import DATA_SETS, Dataset, load
 from kernels import force, upsample
 from support import checkpoint, cli, pretrained
+from support.about import About
 from support.checkpoint import CheckpointError
 from support.export import ENDINGS, export
 from support.images import open_rows
@@ -58,27 +59,8 @@ from support.ranks import ALONE, Ranks, StalledError
 from support.raster import DataError, Rows
 from support.replay import replayed_on
 from support.scenes import BatchSize, Behind, Part, blend
-from support.stretch import Stretch
 
 # --- best.pt: what people pass on -----------------------------------------------------------------
-
-
-class About(NamedTuple):
-    """What a deployed Transformer knows of its classes, and where it comes from."""
-
-    classes: Classes
-    data: str  # the data set it was trained on
-    bands: str  # of its images: "rgb", "irrg", "rgbir"
-    step: int = 0  # of the training run
-    val_miou: float | None = None  # on the validation split, in [0, 1]
-    stretch: Stretch | None = None  # of images of 16 bits
-
-    def plain(self) -> dict:
-        """As plain types, for a file; the classes are two entries."""
-        names, colours, _ = self.classes
-        classes = {"classes": list(names), "colours": [list(colour) for colour in colours]}
-        limits = self.stretch and [list(band) for band in self.stretch.limits]
-        return self._asdict() | classes | {"stretch": limits}
 
 
 def save_transformer(model: CTCLM, path: Path, about: About) -> None:
@@ -98,13 +80,17 @@ def load_transformer(path: Path) -> Transformer:
     if Path(path).suffix in pretrained.PUBLISHED:
         return from_published(pretrained.read(path)).eval()
     contents = checkpoint.read(path, "ctclm-transformer")
-    config, known = contents["config"], contents["about"]
-    size = config["num_classes"], config["in_channels"]
-    transformer = Transformer(VARIANTS[config["variant"]], *size)
-    transformer.load_state_dict(contents["model"])
-    classes = Classes(tuple(known["classes"]), tuple(map(tuple, known["colours"])))
-    known["stretch"] = Stretch.of_lists(known.get("stretch"))  # older files have none
-    transformer.about = About(classes, *(known[key] for key in About._fields[1:]))
+    try:
+        config = contents["config"]
+        size = config["num_classes"], config["in_channels"]
+        transformer = Transformer(VARIANTS[config["variant"]], *size)
+        transformer.load_state_dict(contents["model"])
+        transformer.about = About.of_plain(contents["about"], config["num_classes"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        raise CheckpointError(
+            f"{path}: its weights, config and about do not fit together, or this version of the "
+            f"project; take another copy, or the version that wrote it"
+        ) from None
     return transformer.eval()
 
 

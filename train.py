@@ -31,10 +31,11 @@ from torch import nn
 import data
 from ctclm import CTCLM, SMALLEST_IMAGE, VARIANTS, Losses, ModelConfig, Output, ramp_up
 from data import DATA_SETS, Dataset, Scene, Windows, load, prefetch
-from infer import About, evaluate, save_transformer
+from infer import evaluate, save_transformer
 from kernels import force, gate, upsample
 from kernels.distill import TRANSFERS
 from support import checkpoint, cli, diagnostics, machine, memory, pictures, pretrained, resume
+from support.about import About
 from support.audit import require_trainable
 from support.gradients import DivergedError, require_finite
 from support.labels import MAX_UNKNOWN
@@ -96,8 +97,7 @@ class Config:
         # Said before the training scenes are made.
         cli.require(self.data != "toy" or not self.val_tiles, "--data toy has no tiles to choose")
         for name in ("rare_class_fraction", "max_unknown"):
-            value = getattr(self, name)
-            is_share = value is None or 0 <= value <= 1
+            is_share = (value := getattr(self, name)) is None or 0 <= value <= 1
             cli.require(is_share, f"{cli.flag(name)} is a share, 0 to 1; got {value}")
         cli.require(0 <= self.seed < 2**63, f"--seed must be at least 0; got {self.seed}")
         if self.tensorboard:

@@ -34,6 +34,7 @@ from ctclm import CTCLM, VARIANTS, ModelConfig, Transformer
 from experiments.settings import SETTINGS
 from experiments.timing import Rates, Table, attempt, release, step_median
 from support import diagnostics, toy
+from support.about import About
 from support.layouts import POTSDAM
 from support.machine import pick_device
 from support.precision import at_precision
@@ -292,7 +293,7 @@ def bench_scene(table: Table, rate: Rates | None, options) -> None:
         folder = Path(folder)
         write_scene(folder / "scene.tif", side)
         model = CTCLM(ModelConfig(variant=variant, num_classes=K))
-        about = infer.About(POTSDAM, "toy", "rgb", step=0, val_miou=0.0)
+        about = About(POTSDAM, "toy", "rgb", step=0, val_miou=0.0)
         infer.save_transformer(model, folder / "best.pt", about)
         arguments = [
             str(folder / "best.pt"),

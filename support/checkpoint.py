@@ -14,7 +14,6 @@ import csv
 import errno
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from support.cli import require
 
@@ -246,7 +246,7 @@ def read(path: Path, *kinds: str) -> dict:
         contents = None if damaged else torch.load(BytesIO(data), "cpu", weights_only=True)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError):
         raise CheckpointError(f"{path}: not a checkpoint (or a truncated one)") from None
-    except (pickle.UnpicklingError, RuntimeError):
+    except Exception:  # bytes that are no pickle may raise anything
         raise CheckpointError(f"{path}: not a checkpoint of this project") from None
     if damaged:
         raise CheckpointError(f"{path}: damaged (the checksum of {damaged} does not match)")
@@ -256,14 +256,16 @@ def read(path: Path, *kinds: str) -> dict:
         files = {"ctclm-transformer": ": take best.pt", "ctclm-training": ": take last.pt"}
         hint = files.get(kinds[0], "")
         raise CheckpointError(f"{path}: holds {contents['kind']!r}, not {kinds[0]!r}{hint}")
-    if name := not_finite(contents["model"]):
-        raise CheckpointError(f"{path}: the weights of {name} are not finite")
+    check_tensors(path, contents.get("model"))
     return contents
 
 
-def not_finite(state: dict) -> str | None:
-    """The name of the first tensor with a NaN or an infinity, if there is one."""
+def check_tensors(path: Path, state) -> None:
+    """CheckpointError unless `state` is {name: tensor}, and each number in it is finite."""
+    if not isinstance(state, dict) or not state:
+        raise CheckpointError(f"{path}: holds no dict of tensors")
     for name, tensor in state.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+            raise CheckpointError(f"{path}: its entry {name!r} is no tensor")
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            return name
-    return None
+            raise CheckpointError(f"{path}: the weights of {name} are not finite")

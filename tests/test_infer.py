@@ -20,14 +20,14 @@ import infer
 import kernels
 from ctclm import CTCLM, ModelConfig
 from infer import (
-    About,
     load_transformer,
     predict,
     predict_classes,
     probabilities,
     save_transformer,
 )
-from support import geotiff, pictures, toy
+from support import checkpoint, geotiff, pictures, toy
+from support.about import About
 from support.checkpoint import CheckpointError
 from support.images import open_rows
 from support.labels import decode_colours
@@ -400,6 +400,23 @@ def test_a_submission_that_fails_its_check_does_not_appear(
     code, error = program(infer.main, ERRORS, loveda_best, *arguments)
     assert code == 2 and "up to 7; expected one band, (40, 48), up to 6" in error
     assert not [*tmp_path.glob("*s.zip*")]
+
+
+BAD_BEST = {
+    "no config": {"config": None},
+    "another variant": {"config": {"variant": "b9", "num_classes": 6, "in_channels": 3}},
+    "other classes": {"config": {"variant": "tiny", "num_classes": 5, "in_channels": 3}},
+    "no about": {"about": None},
+    "a weight alone": {"model": {"stages.0.embed.weight": torch.zeros(32, 3, 7, 7)}},
+}
+
+
+@pytest.mark.parametrize("how", BAD_BEST)
+def test_a_best_whose_parts_do_not_fit_gets_one_sentence(tmp_path, best, how):
+    contents = checkpoint.read(best, "ctclm-transformer") | BAD_BEST[how]
+    checkpoint.save(contents, tmp_path / "bad.pt")
+    with pytest.raises(CheckpointError, match="bad.pt: its weights, config and about do not fit"):
+        load_transformer(tmp_path / "bad.pt")
 
 
 # --- Published weights, and export ----------------------------------------------------------------

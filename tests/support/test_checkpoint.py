@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -198,6 +199,26 @@ def test_a_file_without_a_checksum_of_its_own(tmp_path):
 def test_not_finite_weights_are_refused(tmp_path):
     checkpoint.save(contents(float("nan")), tmp_path / "last.pt")
     with pytest.raises(CheckpointError, match="weights of w are not finite"):
+        checkpoint.read(tmp_path / "last.pt", "ctclm-training")
+
+
+@pytest.mark.parametrize("state", [None, {}, {"a": 1}, {3: torch.zeros(1)}, [1]])
+def test_weights_that_are_no_tensors_are_refused(tmp_path, state):
+    checkpoint.save(contents() | {"model": state}, tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match="last.pt: .* (dict of|is no) tensor"):
+        checkpoint.read(tmp_path / "last.pt", "ctclm-training")
+
+
+NO_PICKLE = [b"", b"garbage", b"\x80\x02.", b"\x80\x02h\x05.", b"\x80\x02)R.", b"\x80\x02K\x01b."]
+
+
+@pytest.mark.parametrize("pickled", NO_PICKLE)
+def test_a_zip_without_a_pickle_is_refused(tmp_path, pickled):
+    """From these bytes PyTorch raises an IndexError, a KeyError, an AssertionError, ..."""
+    with zipfile.ZipFile(tmp_path / "last.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", "3\n")
+    with pytest.raises(CheckpointError, match="last.pt: not a checkpoint"):
         checkpoint.read(tmp_path / "last.pt", "ctclm-training")
 
 

@@ -18,6 +18,7 @@ import infer
 import train
 from ctclm import CTCLM, ModelConfig
 from support import cli, protocols
+from support.about import About
 from support.checkpoint import read
 from support.layouts import POTSDAM, Classes
 from support.ranks import ALONE, Ranks
@@ -94,7 +95,7 @@ def test_scenes_are_shared_out(small):
 
 def test_images_are_shared_out(small, tmp_path):
     model = CTCLM(ModelConfig("tiny", num_classes=3)).transformer.eval()
-    model.about = infer.About(Classes(("a", "b", "c"), ((0, 0, 0),) * 3), "folder", "rgb", 1, 0.5)
+    model.about = About(Classes(("a", "b", "c"), ((0, 0, 0),) * 3), "folder", "rgb", 1, 0.5)
     images = tuple(small().root / "val" / "images" / name for name in ("x.png", "y.png"))
     config = infer.Config(checkpoint=tmp_path, images=images, out=tmp_path / "maps")
     infer.write_maps(model, config, {"window": 64}, Alone(1, 2))
