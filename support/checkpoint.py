@@ -218,7 +218,7 @@ def read_newest(out: Path) -> dict | None:
             faults.append(str(error))
             continue
         if faults:
-            going_on = f"going on from {path.name}, step {contents['step']}"
+            going_on = f"{path.name} takes its place: going on from step {contents['step']}"
             print(f"  note: {faults[0]}; {going_on}", file=sys.stderr)
             os.replace(path, out / NEWEST)
         return contents

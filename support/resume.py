@@ -78,8 +78,11 @@ def require_same_run(state: dict, config, ranks: int) -> None:
         f"{out}: was started with {state['ranks']} processes, not {ranks}, and each has windows of "
         f"its own; resume it with as many",
     )
-    steps = config.steps
-    cli.require(steps >= step, f"{out}: has done {step} steps, so --steps {steps} is too few")
+    steps, ended = config.steps, before["steps"] == step
+    cli.require(  # where a run was stopped it was not scored
+        steps > step or ended and steps == step,
+        f"{out}: has done {step} steps, so --steps {steps} is too few; take {step + 1} or more",
+    )
     if steps != before["steps"]:
         print(
             f"{out}: goes on from step {step} to {steps} instead of {before['steps']}; from here "

@@ -113,6 +113,14 @@ def test_more_steps_and_their_schedule(small, stopped, capsys):
     assert run.step == 6 and [row["step"] for row in run.log] == [1, 2, 3, 4, 5, 6]
     with pytest.raises(cli.UsageError, match="has done 6 steps, so --steps 5 is too few"):
         train.prepare(small(resume=True, steps=5))
+    assert train.prepare(small(resume=True, steps=6)).step == 6  # it has ended
+
+
+def test_a_stopped_run_does_not_end_where_it_was_stopped(small, stopped):
+    """Its last step was not scored, so there would be no best.pt."""
+    stopped(2)
+    with pytest.raises(cli.UsageError, match="has done 2 steps, so --steps 2 is too few; take 3"):
+        train.prepare(small(resume=True, steps=2))
 
 
 def test_another_number_of_processes_is_refused(small, stopped):
@@ -186,8 +194,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     run = train.prepare(small(resume=True))
     noted = capsys.readouterr().err
     assert run.step == 1
-    assert f"note: {newest}: " in noted and "going on from previous.pt, step 1" in noted
-    assert checkpoint.read(newest, "ctclm-training")["step"] == 1  # not lost by the next save
+    assert (
+        f"note: {newest}: " in noted
+        and "previous.pt takes its place: going on from step 1" in noted
+    )
+    run.save()  # keeps the good one as previous.pt, not the damaged one
+    for name in ("last.pt", "previous.pt"):
+        assert checkpoint.read(run.config.out / name, "ctclm-training")["step"] == 1
 
 
 def test_two_damaged_checkpoints_are_both_named(small, stopped):
