@@ -1,5 +1,6 @@
 """support/resume.py: with which options a run goes on, and what it takes with it."""
 
+import json
 import math
 import os
 import signal
@@ -133,6 +134,24 @@ def test_another_number_of_processes_is_refused(small, stopped):
     checkpoint.save_newest(state, config.out)
     with pytest.raises(cli.UsageError, match="was started by an older version"):
         train.prepare(small(resume=True))
+
+
+def test_other_data_are_refused(small, stopped, tmp_path, write_folder):
+    """They may lie elsewhere; order and number of the classes, and the scenes, are the same."""
+    stopped(1)
+    other = write_folder(tmp_path / "other", size=(64, 96))
+    assert train.prepare(small(resume=True, root=other)).step == 1
+    names = json.dumps({"classes": ["a", "c", "b"], "ignore": 255})
+    (other / "classes.json").write_text(names)
+    more = write_folder(tmp_path / "more", size=(64, 96), names="abcd")
+    larger = write_folder(tmp_path / "larger", size=(64, 128))
+    for root, sentence in {
+        other: "started with b as class 2, and the data have c; resume it with the same data",
+        more: "started with none as class 4, and the data have d",
+        larger: "started with x of 96 x 64 pixels as training scene 1, and the data have x of 128",
+    }.items():
+        with pytest.raises(cli.UsageError, match=sentence):
+            train.prepare(small(resume=True, root=root))
 
 
 # --- The same bits --------------------------------------------------------------------------------
