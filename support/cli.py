@@ -135,8 +135,9 @@ def require_same(
 
 # --- How a program ends ---------------------------------------------------------------------------
 
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, a quota, ulimit -f
 # The outside world's failures that a sentence explains better than a traceback.
-ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
+ENVIRONMENT_ERRORS = DISK_IS_FULL | {errno.EACCES, errno.EROFS}
 
 
 def run(main, *user_errors: type[Exception]) -> None:
