@@ -24,6 +24,7 @@ def parse(config_class, arguments: list[str], description: str = ""):
     if given.get("resume"):
         out = given.get("out", config_class.out)
         before = checkpoint.read_options(out)
+        before.pop("tensorboard", None)  # asked for anew: it may be missing where the run goes on
         given = cli.from_plain(config_class, before, f"{out}: was started") | given
     return config_class(**given)
 

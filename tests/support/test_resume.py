@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -85,12 +86,32 @@ def test_resume_alone_has_the_options_of_the_run(small):
 
 @pytest.mark.parametrize(
     "text, sentence",
-    [("{", "config.json: is damaged"), ('{"students": 2}', "by a version with --students")],
+    [
+        ("{", "config.json: is damaged"),
+        ('{"students": 2}', "by a version with --students"),
+        ('{"steps": "12"}', "was started with --steps '12'; mend it in config.json"),
+        ('{"steps": true}', "was started with --steps True"),
+        ('{"steps": null}', "was started with --steps None"),
+        ('{"lr": [1]}', r"was started with --lr \[1\]"),
+        ('{"out": 1}', "was started with --out 1"),
+        ('{"data": "moon"}', "was started with --data 'moon'"),
+        ('{"stretch": ["a"]}', r"was started with --stretch \['a'\]"),
+    ],
 )
 def test_a_config_that_cannot_be_used(tmp_path, text, sentence):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises((CheckpointError, cli.UsageError), match=sentence):
         resume.parse(train.Config, ["--out", str(tmp_path), "--resume"])
+
+
+def test_tensorboard_is_asked_for_anew(small, monkeypatch):
+    """Where it is missing a run that had it goes on without."""
+    config = small()
+    config.out.mkdir()
+    options = resume.options(config) | {"tensorboard": True}
+    checkpoint.save_json(options, config.out / "config.json")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert resume.parse(train.Config, ["--out", str(config.out), "--resume"]) == small(resume=True)
 
 
 def test_what_may_change_and_what_may_not(small, stopped):
