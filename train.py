@@ -65,7 +65,7 @@ class Config:
     steps: int = cli.option(1200, "optimiser steps")
     batch: int = cli.option(8, "windows per step, of all processes together")
     accumulate: int = cli.option(
-        1, "parts in which a batch goes through the encoders: less memory, the same gradients"
+        1, "equal parts in which a batch is encoded: less memory, the same gradients"
     )
     crop: int = cli.option(128, "side of a window in pixels, a multiple of 32")
     lr: float = cli.option(3e-3, "highest learning rate; warm-up, then cosine to zero")
@@ -92,8 +92,6 @@ class Config:
         cli.require(self.crop % 32 == 0, f"--crop must be a multiple of 32; got {self.crop}")
         # A single position at stride 32 has no variance.
         cli.require(self.batch * self.crop**2 > 32**2, "--batch 1 needs --crop 64 or more")
-        fits = self.accumulate <= self.batch
-        cli.require(fits, f"--accumulate {self.accumulate} is more than --batch {self.batch}")
         # Said before the training scenes are made.
         cli.require(self.data != "toy" or not self.val_tiles, "--data toy has no tiles to choose")
         for name in ("rare_class_fraction", "max_unknown"):
@@ -355,7 +353,8 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Run:
     goes_on = config.resume and ranks.from_first(lambda: checkpoint.was_saved(config.out))
     starts = config.pretrained and not goes_on  # a run that goes on has weights of its own
     weights = starts and pretrained.read(config.pretrained).of(config.variant, VARIANTS)
-    ranks.share_of_batch(config.batch)  # or a UsageError, before anything is made
+    share = ranks.share_of_batch(config.batch)  # or a UsageError, before anything is made
+    memory.require_equal_parts(share, config.accumulate)
     ranks.from_first(lambda: checkpoint.prepare_folder(config.out, config.resume))
     train_set, val_set = load_data(config)
     torch.manual_seed(config.seed)

@@ -13,7 +13,6 @@ file. What a killed process left is removed by a later one. Nothing else is ever
 folder when no run needs it.
 """
 
-import errno
 import hashlib
 import os
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from support.cli import DISK_IS_FULL
 from support.raster import DataError
 
 VERSION = 1  # of the decoding: files of an older version are not found
@@ -116,11 +116,11 @@ class Cache:
                 if not path.exists():
                     raise
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in DISK_IS_FULL:
                 raise
             size = np.prod(shape) * np.dtype(dtype).itemsize / 1e6
             raise DataError(
-                f"{self.folder}: the disk is full (this array needs {size:.0f} MB); make room or "
+                f"{self.folder}: {error.strerror} (this array needs {size:.0f} MB); make room or "
                 f"choose another --cache"
             ) from None
         finally:

@@ -11,7 +11,6 @@ keeps its last two checkpoints, for a disk can damage a file that was written co
 """
 
 import csv
-import errno
 import json
 import os
 import re
@@ -27,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from support.cli import require
+from support.cli import DISK_IS_FULL, require
 
 NEWEST, BEFORE = "last.pt", "previous.pt"  # a run's two checkpoints
 FILES = {NEWEST, "best.pt", "config.json", "log.csv", "metrics.json"}  # of a run, as written
@@ -65,9 +64,6 @@ def atomic_write(path: Path, before: Path | None = None):
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-
-
-DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, a quota, ulimit -f
 
 
 def write(data: bytes, path: Path, before: Path | None = None) -> None:
@@ -218,7 +214,7 @@ def read_newest(out: Path) -> dict | None:
             faults.append(str(error))
             continue
         if faults:
-            going_on = f"going on from {path.name}, step {contents['step']}"
+            going_on = f"{path.name} takes its place: going on from step {contents['step']}"
             print(f"  note: {faults[0]}; {going_on}", file=sys.stderr)
             os.replace(path, out / NEWEST)
         return contents

@@ -102,14 +102,28 @@ def as_plain(config) -> dict:
 
 
 def from_plain(config_class, plain: dict, what: str) -> dict:
-    """The fields that `as_plain` saved, with their types. UsageError for one that is unknown."""
+    """The fields that `as_plain` saved, with their types. UsageError for an unknown name or a value
+    of another type."""
     types, found = get_type_hints(config_class), {}
+    defaults = {f.name: f.default for f in fields(config_class)}
     for name, value in plain.items():
         require(name in types, f"{what} by a version with {flag(name)}; take that version")
+        is_possible = value is defaults[name] is None or is_plain(value, types[name])
+        require(is_possible, f"{what} with {flag(name)} {value!r}; mend it in config.json")
         if value is not None and types[name] is Path:
             value = Path(value)
         found[name] = tuple(value) if isinstance(value, list) else value
     return found
+
+
+def is_plain(value, kind) -> bool:
+    """Whether `as_plain` makes such a value of an option of this type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(is_plain(v, get_args(kind)[0]) for v in value)
+    plain = {Path: str, float: (float, int)}.get(kind, kind)
+    return isinstance(value, plain) and isinstance(value, bool) == (kind is bool)
 
 
 def require_same(
@@ -135,8 +149,9 @@ def require_same(
 
 # --- How a program ends ---------------------------------------------------------------------------
 
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, a quota, ulimit -f
 # The outside world's failures that a sentence explains better than a traceback.
-ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
+ENVIRONMENT_ERRORS = DISK_IS_FULL | {errno.EACCES, errno.EROFS}
 
 
 def run(main, *user_errors: type[Exception]) -> None:

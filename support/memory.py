@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as computed_again
 
 from support.checkpoint import megabytes
-from support.cli import UsageError
+from support.cli import UsageError, require
 
 # --- What a step takes ----------------------------------------------------------------------------
 
@@ -70,9 +70,10 @@ def explained(error: RuntimeError, run) -> RuntimeError | UsageError:
     if run.ranks.count == c.accumulate == 1:  # several would wait for one another's sums
         with suppress(RuntimeError):  # two windows may be too many
             takes = f" (--batch {half} takes about {megabytes(bytes_of_step(run, half))})"
-    return UsageError(
-        f"{text}; lower --batch or --crop{takes}, or keep both with --accumulate {2 * c.accumulate}"
-    )
+    share = run.ranks.share_of_batch(c.batch)
+    more = [parts for parts in range(2 * c.accumulate, share + 1) if share % parts == 0]
+    keep_both = f", or keep both with --accumulate {more[0]}" if more else ""
+    return UsageError(f"{text}; lower --batch or --crop{takes}{keep_both}")
 
 
 def bytes_of_step(run, batch: int) -> int:
@@ -92,6 +93,16 @@ def bytes_of_step(run, batch: int) -> int:
 
 
 # --- How it takes less ----------------------------------------------------------------------------
+
+
+def require_equal_parts(windows: int, parts: int) -> None:
+    """UsageError unless so many windows, of one process, can be cut into so many equal parts."""
+    possible = ", ".join(str(n) for n in range(1, windows + 1) if windows % n == 0)
+    require(
+        windows % parts == 0,
+        f"--accumulate {parts} does not divide the {windows} windows of a process; take one of "
+        f"{possible}",
+    )
 
 
 def encode_in_parts(branches: Iterable[nn.Module], parts: int) -> None:

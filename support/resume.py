@@ -8,6 +8,9 @@ A run that goes on is the same run: what it learns from, and how, cannot change.
 can, and where and how the same numbers are worked out. `run` is a train.Run.
 """
 
+from itertools import zip_longest
+from pathlib import Path
+
 import torch
 
 from support import checkpoint, cli
@@ -21,6 +24,7 @@ def parse(config_class, arguments: list[str], description: str = ""):
     if given.get("resume"):
         out = given.get("out", config_class.out)
         before = checkpoint.read_options(out)
+        before.pop("tensorboard", None)  # asked for anew: it may be missing where the run goes on
         given = cli.from_plain(config_class, before, f"{out}: was started") | given
     return config_class(**given)
 
@@ -42,6 +46,7 @@ def state_of(run) -> dict:
         "kind": "ctclm-training",
         "config": run.config.saved(),
         "ranks": run.ranks.count,
+        "data": data_of(run),
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "step": run.step,
@@ -52,9 +57,26 @@ def state_of(run) -> dict:
     }
 
 
+def data_of(run) -> dict[str, list[str]]:
+    """What a run learns from and is scored on, without reading a pixel."""
+    data = run.val_set
+
+    def shown(scenes):
+        return [f"{s.name} of {s.label.shape[1]} x {s.label.shape[0]} pixels" for s in scenes]
+
+    return {
+        "class": [*data.classes.names],
+        "bands": [data.bands],
+        "stretch": [str(limits) for limits in data.stretch.limits] if data.stretch else [],
+        "training scene": shown(run.windows.scenes),
+        "validation scene": shown(data.scenes),
+    }
+
+
 def put_back(run, state: dict) -> None:
     """A new run becomes the one whose `state_of` was saved. UsageError if it is another."""
     require_same_run(state, run.config, run.ranks.count)
+    require_same_data(state["data"], data_of(run), run.config.out)
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     for group in run.optimizer.param_groups:
@@ -71,17 +93,31 @@ def require_same_run(state: dict, config, ranks: int) -> None:
     """
     out, before, step = config.out, state["config"], state["step"]
     cli.require_same(config.saved(), before, f"{out}: was started", "resume it", MAY_CHANGE)
-    is_ours = "ranks" in state
+    is_ours = {"ranks", "data"} <= state.keys()
     cli.require(is_ours, f"{out}: was started by an older version; resume it with that version")
     cli.require(
         state["ranks"] == ranks,
         f"{out}: was started with {state['ranks']} processes, not {ranks}, and each has windows of "
         f"its own; resume it with as many",
     )
-    steps = config.steps
-    cli.require(steps >= step, f"{out}: has done {step} steps, so --steps {steps} is too few")
+    steps, ended = config.steps, before["steps"] == step
+    cli.require(  # where a run was stopped it was not scored
+        steps > step or ended and steps == step,
+        f"{out}: has done {step} steps, so --steps {steps} is too few; take {step + 1} or more",
+    )
     if steps != before["steps"]:
         print(
             f"{out}: goes on from step {step} to {steps} instead of {before['steps']}; from here "
             f"on learning rate and ramp are those of a run of {steps}"
         )
+
+
+def require_same_data(before: dict, now: dict, out: Path) -> None:
+    """UsageError for the first thing in which the `data_of` two runs differ."""
+    for what, values in now.items():
+        for number, (old, new) in enumerate(zip_longest(before[what], values), 1):
+            cli.require(
+                old == new,
+                f"{out}: was started with {old or 'none'} as {what} {number}, and the data have "
+                f"{new or 'none'}; resume it with the same data",
+            )

@@ -74,6 +74,7 @@ def raiser(error):
             2,
             "No space left on device: /x/y",
         ),
+        (OSError(errno.EFBIG, "File too large", "/x/y"), 2, "File too large: /x/y"),
         (KeyboardInterrupt(), 130, ""),
         (SystemExit(143), 143, ""),
     ],

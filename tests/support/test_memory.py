@@ -2,6 +2,7 @@
 
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import train
 from support import memory
+from support.ranks import ALONE
 
 
 def test_peak_memory_grows():
@@ -56,6 +58,13 @@ def test_out_of_memory_is_one_sentence(small, program, monkeypatch, where):
     assert code == 2 and error.count("\n") == 1
     assert "out of memory: 2 windows of 64 x 64 do not fit; lower --batch or --crop" in error
     assert re.search(r"\(--batch 1 takes about [3-6]\d\.\d MB\), .* --accumulate 2", error)
+
+
+@pytest.mark.parametrize("accumulate, ending", [(3, "keep both with --accumulate 9"), (9, "crop")])
+def test_parts_that_are_proposed_divide_the_batch(small, accumulate, ending):
+    run = SimpleNamespace(config=small(batch=9, accumulate=accumulate), ranks=ALONE)
+    error = memory.explained(torch.OutOfMemoryError("CUDA out of memory"), run)
+    assert str(error).endswith(ending)
 
 
 def test_other_errors_stay_as_they_are():

@@ -1,8 +1,10 @@
 """support/resume.py: with which options a run goes on, and what it takes with it."""
 
+import json
 import math
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -84,12 +86,32 @@ def test_resume_alone_has_the_options_of_the_run(small):
 
 @pytest.mark.parametrize(
     "text, sentence",
-    [("{", "config.json: is damaged"), ('{"students": 2}', "by a version with --students")],
+    [
+        ("{", "config.json: is damaged"),
+        ('{"students": 2}', "by a version with --students"),
+        ('{"steps": "12"}', "was started with --steps '12'; mend it in config.json"),
+        ('{"steps": true}', "was started with --steps True"),
+        ('{"steps": null}', "was started with --steps None"),
+        ('{"lr": [1]}', r"was started with --lr \[1\]"),
+        ('{"out": 1}', "was started with --out 1"),
+        ('{"data": "moon"}', "was started with --data 'moon'"),
+        ('{"stretch": ["a"]}', r"was started with --stretch \['a'\]"),
+    ],
 )
 def test_a_config_that_cannot_be_used(tmp_path, text, sentence):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises((CheckpointError, cli.UsageError), match=sentence):
         resume.parse(train.Config, ["--out", str(tmp_path), "--resume"])
+
+
+def test_tensorboard_is_asked_for_anew(small, monkeypatch):
+    """Where it is missing a run that had it goes on without."""
+    config = small()
+    config.out.mkdir()
+    options = resume.options(config) | {"tensorboard": True}
+    checkpoint.save_json(options, config.out / "config.json")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert resume.parse(train.Config, ["--out", str(config.out), "--resume"]) == small(resume=True)
 
 
 def test_what_may_change_and_what_may_not(small, stopped):
@@ -113,6 +135,14 @@ def test_more_steps_and_their_schedule(small, stopped, capsys):
     assert run.step == 6 and [row["step"] for row in run.log] == [1, 2, 3, 4, 5, 6]
     with pytest.raises(cli.UsageError, match="has done 6 steps, so --steps 5 is too few"):
         train.prepare(small(resume=True, steps=5))
+    assert train.prepare(small(resume=True, steps=6)).step == 6  # it has ended
+
+
+def test_a_stopped_run_does_not_end_where_it_was_stopped(small, stopped):
+    """Its last step was not scored, so there would be no best.pt."""
+    stopped(2)
+    with pytest.raises(cli.UsageError, match="has done 2 steps, so --steps 2 is too few; take 3"):
+        train.prepare(small(resume=True, steps=2))
 
 
 def test_another_number_of_processes_is_refused(small, stopped):
@@ -125,6 +155,24 @@ def test_another_number_of_processes_is_refused(small, stopped):
     checkpoint.save_newest(state, config.out)
     with pytest.raises(cli.UsageError, match="was started by an older version"):
         train.prepare(small(resume=True))
+
+
+def test_other_data_are_refused(small, stopped, tmp_path, write_folder):
+    """They may lie elsewhere; order and number of the classes, and the scenes, are the same."""
+    stopped(1)
+    other = write_folder(tmp_path / "other", size=(64, 96))
+    assert train.prepare(small(resume=True, root=other)).step == 1
+    names = json.dumps({"classes": ["a", "c", "b"], "ignore": 255})
+    (other / "classes.json").write_text(names)
+    more = write_folder(tmp_path / "more", size=(64, 96), names="abcd")
+    larger = write_folder(tmp_path / "larger", size=(64, 128))
+    for root, sentence in {
+        other: "started with b as class 2, and the data have c; resume it with the same data",
+        more: "started with none as class 4, and the data have d",
+        larger: "started with x of 96 x 64 pixels as training scene 1, and the data have x of 128",
+    }.items():
+        with pytest.raises(cli.UsageError, match=sentence):
+            train.prepare(small(resume=True, root=root))
 
 
 # --- The same bits --------------------------------------------------------------------------------
@@ -186,8 +234,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     run = train.prepare(small(resume=True))
     noted = capsys.readouterr().err
     assert run.step == 1
-    assert f"note: {newest}: " in noted and "going on from previous.pt, step 1" in noted
-    assert checkpoint.read(newest, "ctclm-training")["step"] == 1  # not lost by the next save
+    assert (
+        f"note: {newest}: " in noted
+        and "previous.pt takes its place: going on from step 1" in noted
+    )
+    run.save()  # keeps the good one as previous.pt, not the damaged one
+    for name in ("last.pt", "previous.pt"):
+        assert checkpoint.read(run.config.out / name, "ctclm-training")["step"] == 1
 
 
 def test_two_damaged_checkpoints_are_both_named(small, stopped):
