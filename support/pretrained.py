@@ -171,8 +171,8 @@ def start_from(branch: nn.Module, weights: Weights) -> list[str]:
             f"weights, everything else is kept"
         )
         state |= {key: wanted[key] for key in wanted if key.startswith("head.classify.")}
-    if missing := wanted.keys() - state.keys():
-        raise CheckpointError(f"{path}: has nothing for {min(missing)}")
+    if missing := [key for key in wanted if key not in state]:
+        raise CheckpointError(f"{path}: has nothing for {missing[0]}")
     theirs, ours = state[first].shape[1], wanted[first].shape[1]
     if theirs != ours:
         sentences.append(f"{path} has {theirs} bands, not {ours}: {of_bands(theirs, ours)}")
