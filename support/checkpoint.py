@@ -256,12 +256,31 @@ def read(path: Path, *kinds: str) -> dict:
     return contents
 
 
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+NUMBERS = FLOATS | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether each number is there, with a place of its own: not sparse, not on "meta", not a
+    single number that claims to be 2^40 of them."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in NUMBERS:
+        return False
+    return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
+
+
 def check_tensors(path: Path, state) -> None:
-    """CheckpointError unless `state` is {name: tensor}, and each number in it is finite."""
+    """CheckpointError unless `state` is {name: tensor}, and each number in it is finite in float32.
+
+    A variance must not be negative, either: its root would be NaN.
+    """
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f"{path}: holds no dict of tensors")
     for name, tensor in state.items():
         if not (isinstance(name, str) and isinstance(tensor, Tensor)):
             raise CheckpointError(f"{path}: its entry {name!r} is no tensor")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not is_plain(tensor):
+            raise CheckpointError(f"{path}: {name} is no plain tensor, but {tensor.type()}")
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise CheckpointError(f"{path}: the weights of {name} are not finite")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise CheckpointError(f"{path}: the variance {name} is negative")

@@ -79,8 +79,19 @@ class Weights(NamedTuple):
 def read(path: Path) -> Weights:
     """The weights of a file. CheckpointError when it is missing, damaged or something else."""
     path = Path(path)
-    if path.suffix not in PUBLISHED:
-        return of_ours(path, checkpoint.read(path, "ctclm-transformer", "ctclm-training"))
+    if path.suffix in PUBLISHED:
+        weights = of_published(path)
+    else:
+        weights = of_ours(path, checkpoint.read(path, "ctclm-transformer", "ctclm-training"))
+    for key, tensor in [*weights.state.items(), *(weights.cnn or {}).items()]:
+        if key.endswith((".embed.weight", STEM, CLASSIFY)) and tensor.dim() != 4:
+            raise CheckpointError(
+                f"{path}: {key} is {tuple(tensor.shape)}, which is no convolution"
+            )
+    return weights
+
+
+def of_published(path: Path) -> Weights:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file of weights")
     tensors = safetensors.read(path) if path.suffix == ".safetensors" else unpickle(path)
@@ -160,6 +171,8 @@ def start_from(branch: nn.Module, weights: Weights) -> list[str]:
             f"weights, everything else is kept"
         )
         state |= {key: wanted[key] for key in wanted if key.startswith("head.classify.")}
+    if missing := [key for key in wanted if key not in state]:
+        raise CheckpointError(f"{path}: has nothing for {missing[0]}")
     theirs, ours = state[first].shape[1], wanted[first].shape[1]
     if theirs != ours:
         sentences.append(f"{path} has {theirs} bands, not {ours}: {of_bands(theirs, ours)}")
@@ -167,8 +180,6 @@ def start_from(branch: nn.Module, weights: Weights) -> list[str]:
         mean = kernels.mean(1, keepdim=True).expand(-1, max(0, ours - theirs), -1, -1)
         state[first] = torch.cat([kernels[:, :ours], mean], 1)
     for key, tensor in wanted.items():
-        if key not in state:
-            raise CheckpointError(f"{path}: has nothing for {key}")
         if state[key].shape != tensor.shape:
             shapes = tuple(state[key].shape), tuple(tensor.shape)
             raise CheckpointError(f"{path}: {key} would be {shapes[0]}, but it takes {shapes[1]}")

@@ -47,7 +47,7 @@ def read(path: Path) -> dict[str, Tensor]:
         header = json.loads(content[8:start])
         header.pop("__metadata__", None)
         places = sorted(described(name, **entry) for name, entry in header.items())
-    except (ValueError, TypeError, AttributeError):  # no JSON, or JSON of something else
+    except (ValueError, TypeError, AttributeError, RecursionError):  # no JSON, or of other things
         raise CheckpointError(f"{path}: not a .safetensors file (or a damaged one)") from None
     tensors, end, data = {}, start, torch.frombuffer(content, dtype=torch.uint8)
     for begin, after, name, dtype, shape in places:
@@ -70,6 +70,8 @@ def described(name: str, *, dtype: str, shape: list[int], data_offsets: list[int
     begin, after = data_offsets
     numbers = [begin, after, *shape]
     if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(dtype, str):
+        raise ValueError(name)
+    if math.prod(n or 1 for n in shape) >= 2**63:  # PyTorch counts in 64 bits, also beside a zero
         raise ValueError(name)
     return begin, after, name, dtype, tuple(shape)
 

@@ -90,7 +90,8 @@ def fill(name: str, places: dict) -> str:
 def to_ours(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors by a published name -> our Transformer's, in float32, and the keys of the others.
 
-    ValueError when a head is not complete or its tensors do not fit together.
+    ValueError when one is there twice (norm1.weight and backbone.norm1.weight) or has no floating
+    point, when a head is not complete or tensors do not fit together.
     """
     known = [
         (part, name.ours, i)
@@ -103,17 +104,33 @@ def to_ours(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         short = key.removeprefix(ENCODER[0]).removeprefix(ENCODER[1])
         for published, ours, i in known:
             if places := find(short, published):
-                tensor = tensor.float() if tensor.is_floating_point() else tensor
-                parts.setdefault(fill(ours, places), {})[i] = tensor
+                of = parts.setdefault(fill(ours, places), {})
+                if i in of:
+                    raise ValueError(f"{key} is there twice, by another name too")
+                of[i] = as_float(key, tensor)
                 break
         else:
             unused.append(key)
-    state = {key: joined([of[i] for i in sorted(of)]) for key, of in parts.items()}
+    state = {key: joined(key, [of[i] for i in sorted(of)]) for key, of in parts.items()}
     return fold_head(state), unused
 
 
-def joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)  # a single number cannot be joined
+def as_float(key: str, tensor: Tensor) -> Tensor:
+    """In float32; the count of a batch norm stays what it is."""
+    if key.endswith("num_batches_tracked"):
+        return tensor
+    if not tensor.is_floating_point():
+        raise ValueError(f"{key} has numbers of type {tensor.dtype}, which are no weights")
+    return tensor.float()
+
+
+def joined(key: str, parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]  # may be a single number, which cannot be joined
+    try:
+        return torch.cat(parts)
+    except (RuntimeError, IndexError):
+        raise ValueError(f"the tensors that are {key} do not fit together") from None
 
 
 def to_published(state: dict[str, Tensor], naming: str) -> dict[str, Tensor]:
@@ -141,15 +158,15 @@ def fold_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
     needed += ["head.F.weight", "head.norm.running_mean"]
     if missing := [key for key in needed if key not in state]:
         raise ValueError(f"its head lacks {original_name(missing[0])}")
-    F = state.pop("head.F.weight").flatten(1).double()  # (E, 4 E), as its kernel is 1 x 1
-    parts = F.chunk(4, dim=1)[::-1]  # F_1 ... F_4, (E, E)
     mean = state["head.norm.running_mean"].double()
     try:
+        F = state.pop("head.F.weight").flatten(1).double()  # (E, 4 E), as its kernel is 1 x 1
+        parts = F.chunk(4, dim=1)[::-1]  # F_1 ... F_4, (E, E)
         for s, F_s in zip(stages, parts, strict=True):
             P = state.pop(f"head.P.{s}.weight").flatten(1).double()  # (E, C_s)
             state[f"head.project.{s}.weight"] = (F_s @ P).float()[:, :, None, None]
             mean = mean - F_s @ state.pop(f"head.P.{s}.bias").double()
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError, IndexError):
         raise ValueError("the tensors of its head do not fit together") from None
     return state | {"head.norm.running_mean": mean.float()}
 

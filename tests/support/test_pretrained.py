@@ -147,6 +147,50 @@ def test_bands_beyond_ours_are_left_out(tmp_path):
     assert torch.equal(model.stages[0].embed.weight, trained.stages[0].embed.weight[:, :3])
 
 
+# --- Tensors that are no weights of this model ---------------------------------------------------
+
+NORM, FUSE = "backbone.norm1.weight", "decode_head.linear_fuse.conv.weight"
+PROJECT, VARIANCE = "decode_head.linear_c1.proj", "decode_head.linear_fuse.bn.running_var"
+ONES = torch.ones(32)
+ODD = {
+    "sparse": (NORM, ONES.to_sparse(), f"{NORM} is no plain tensor"),
+    "without numbers": (NORM, ONES.to("meta"), f"{NORM} is no plain tensor"),
+    "float8": (NORM, ONES.to(torch.float8_e4m3fn), f"{NORM} is no plain tensor"),
+    "complex": (NORM, ONES * 1j, f"{NORM} is no plain tensor"),
+    "one number 2^40 times": (NORM, torch.ones(1).expand(2**40), f"{NORM} is no plain tensor"),
+    "integers": (NORM, ONES.to(torch.int8), f"{NORM} has numbers of type torch.int8"),
+    "too large for float32": (NORM, ONES.double() * 1e300, f"weights of {NORM} are not finite"),
+    "a negative variance": (VARIANCE, -ONES, f"the variance {VARIANCE} is negative"),
+    "by two names": (NORM.removeprefix("backbone."), ONES, "norm1.weight is there twice"),
+    "fusion of one dimension": (FUSE, ONES, "tensors of its head do not fit together"),
+    "fusion of none": (FUSE, torch.tensor(1.0), "tensors of its head do not fit together"),
+    "projection of none": (f"{PROJECT}.weight", torch.tensor(1.0), "do not fit together"),
+    "bias of none": (f"{PROJECT}.bias", torch.tensor(1.0), "do not fit together"),
+    "embedding of none": ("backbone.patch_embed1.proj.weight", torch.tensor(1.0), "no convolution"),
+    "embedding of one": ("backbone.patch_embed2.proj.weight", ONES, "which is no convolution"),
+    "classes of none": ("decode_head.linear_pred.weight", torch.tensor(1.0), "no convolution"),
+}
+
+
+@pytest.mark.parametrize("how", ODD)
+def test_a_tensor_that_is_no_weight_is_named(tmp_path, how, recwarn):
+    key, tensor, sentence = ODD[how]
+    torch.save(tensors_of(transformer()) | {key: tensor}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="x.pth: .*" + sentence):
+        weights = pretrained.read(tmp_path / "x.pth")
+        pretrained.start_from(transformer(weights.variant(VARIANTS)), weights)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 3, 3), ()])
+def test_keys_that_do_not_fit_to_the_values(tmp_path, shape):
+    key = "segformer.encoder.block.0.0.attention.self.key.weight"
+    tensors = tensors_of(transformer(), "Hugging Face") | {key: torch.ones(shape)}
+    with pytest.raises(
+        CheckpointError, match="stages.0.blocks.0.attention.key_value.weight do not"
+    ):
+        pretrained.read(write(tensors, tmp_path / "x.bin"))
+
+
 # --- Files that are none --------------------------------------------------------------------------
 
 
