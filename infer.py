@@ -102,7 +102,7 @@ def from_published(weights: pretrained.Weights) -> Transformer:
         transformer.head = None
     names, bands = tuple(f"class {k}" for k in range(K)), "rgb" if in_channels == 3 else "rgbir"
     classes = Classes(names, tuple(distinct_colours(K)))
-    transformer.about = About(classes, str(weights.path), bands)
+    transformer.about = weights.about or About(classes, str(weights.path), bands)
     return transformer
 
 
@@ -270,6 +270,9 @@ class Config:
                 "submission"
             )
             self.refuse("does not go with --export", others)
+            for name in ("window", "overlap", "precision"):  # these have defaults
+                is_given = getattr(self, name) != getattr(Config, name)
+                cli.require(not is_given, f"{cli.flag(name)} does not go with --export")
             fits = self.export.suffix in ENDINGS
             cli.require(fits, f"--export must end in {', '.join(ENDINGS)}; got {self.export}")
         elif self.images:

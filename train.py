@@ -363,7 +363,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Run:
     balance = data.class_weights(train_set.scenes) if config.class_weights == "auto" else None
     model = CTCLM(ModelConfig(config.variant, *size, *settings, class_weights=balance))
     if weights:
-        print(*pretrained.start_both(model, weights), sep="\n")
+        print(*pretrained.start_both(model, weights, train_set), sep="\n")
     run = Run(config, model, make_windows(config, train_set.scenes, ranks=ranks), val_set, ranks)
     if config.resume:
         run.restore()

@@ -10,20 +10,20 @@ The ending chooses:
 
 A .pt2 and an .onnx take images (B, C, H, W), float32, 0..255, and give logits (B, K, H, W). B is
 free, H and W are multiples of 32 from 64 on. Normalisation and upsampling are inside. All three
-carry `about`, what is known of the classes, as JSON. docs/deploy.md has a program for each.
+carry `about`, what is known of the classes, as JSON. docs/weights.md has a program.
 """
 
 import json
 import logging
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support import safetensors, segformer
-from support.checkpoint import atomic_write
+from support import checkpoint, safetensors, segformer
 from support.cli import require
 
 ENDINGS = (".pt2", ".onnx", ".safetensors")
@@ -45,7 +45,7 @@ class AtFullSize(nn.Module):
 def export(model: nn.Module, path: Path, about: dict) -> None:
     """Write `model`, in evaluation mode on a CPU; about: plain types.
 
-    UsageError where the packages for an .onnx are not installed.
+    UsageError where the packages for an .onnx are not installed, CheckpointError on a full disk.
     """
     text = json.dumps(about)
     if path.suffix == ".safetensors":
@@ -58,11 +58,14 @@ def export(model: nn.Module, path: Path, about: dict) -> None:
     free = {"images": {0: B, 2: 32 * H, 3: 32 * W}}
     example = (torch.zeros(2, model.normalise.in_channels, 64, 96),)  # no size is 1, nor equal
     program = torch.export.export(AtFullSize(model), example, dynamic_shapes=free)
-    with atomic_write(path) as file:
-        if path.suffix == ".pt2":
-            torch.export.save(program, file, extra_files={"about.json": text})
-        else:
-            file.write(onnx_bytes(program, text))
+    data = pt2_bytes(program, text) if path.suffix == ".pt2" else onnx_bytes(program, text)
+    checkpoint.write(data, path)
+
+
+def pt2_bytes(program: torch.export.ExportedProgram, about: str) -> bytes:
+    buffer = BytesIO()  # PyTorch's own writer aborts the process where a disk is full
+    torch.export.save(program, buffer, extra_files={"about.json": about})
+    return buffer.getvalue()
 
 
 def onnx_bytes(program: torch.export.ExportedProgram, about: str) -> bytes:

@@ -7,7 +7,7 @@
 Published files end in .pth, .bin or .safetensors (support/segformer.py has their names), ours in
 .pt: best.pt has the Transformer, last.pt the CNN too. A CNN for which a file has nothing starts
 from random weights (docs/weights.md has what else was tried). Each tensor of a file is used, or a
-sentence names it. Where classes or bands are others:
+sentence names it. Where classes (their number, or their names) or bands are others:
 
     classes     the last layer keeps its initial weights, and everything else is taken
     bands       a band that the file does not know gets the mean of the kernels of those that it
@@ -16,9 +16,11 @@ sentence names it. Where classes or bands are others:
 Only tensors and plain types are ever unpickled (weights_only=True).
 """
 
+import json
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from support import checkpoint, safetensors, segformer
+from support.about import About
 from support.checkpoint import CheckpointError
 from support.cli import require
 
@@ -41,6 +44,7 @@ class Weights(NamedTuple):
     state: dict[str, Tensor]  # by our names; nothing of a head where the file is of an encoder
     unused: list[str]  # the file's other tensors, by its own names
     cnn: dict[str, Tensor] | None = None  # where the file has one
+    about: About | None = None  # its classes and bands, where it was trained here
 
     @property
     def in_channels(self) -> int:
@@ -50,6 +54,15 @@ class Weights(NamedTuple):
     def num_classes(self) -> int | None:
         """None where the file is of an encoder."""
         return len(self.state[CLASSIFY]) if CLASSIFY in self.state else None
+
+    def with_about(self, known: Callable[[], dict]) -> "Weights":
+        """And with About as the file has it; CheckpointError where that is damaged."""
+        try:
+            return self._replace(about=About.of_plain(known(), self.num_classes))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+            raise CheckpointError(
+                f"{self.path}: what it says about its classes is damaged, or of other weights"
+            ) from None
 
     def variant(self, variants: dict[str, NamedTuple]) -> str:
         """Which of them (ctclm.VARIANTS) it is, by channels and depths of the stages."""
@@ -103,13 +116,17 @@ def of_published(path: Path) -> Weights:
     if EMBED not in state:
         example = f": they are called {unused[0]}" if unused else ""
         raise CheckpointError(f"{path}: holds no weights by a published name of SegFormer{example}")
-    return Weights(path, state, unused)
+    weights = Weights(path, state, unused)
+    if path.suffix != ".safetensors" or "about" not in (known := safetensors.metadata(path)):
+        return weights
+    return weights.with_about(lambda: json.loads(known["about"]))
 
 
 def of_ours(path: Path, contents: dict) -> Weights:
     state = contents["model"]
     if contents["kind"] == "ctclm-transformer":
-        return Weights(path, state, unused=[])
+        weights = Weights(path, state, unused=[])
+        return weights.with_about(lambda: contents["about"]) if "about" in contents else weights
     transformer, cnn = (
         {key.removeprefix(branch): state[key] for key in state if key.startswith(branch)}
         for branch in ("transformer.", "cnn.")
@@ -143,18 +160,19 @@ def unpickle(path: Path) -> dict[str, Tensor]:
 # --- Use ------------------------------------------------------------------------------------------
 
 
-def start_both(model: nn.Module, weights: Weights) -> list[str]:
+def start_both(model: nn.Module, weights: Weights, data=None) -> list[str]:
     """`start_from` for the branches of a CTCLM."""
-    sentences = start_from(model.transformer, weights)
+    sentences = start_from(model.transformer, weights, data)
     if weights.cnn is None:
         return [*sentences, "the CNN starts from random weights"]
-    of_cnn = start_from(model.cnn, weights._replace(state=weights.cnn))
+    of_cnn = start_from(model.cnn, weights._replace(state=weights.cnn), data)
     return sentences + [f"the CNN {sentence}" for sentence in of_cnn[:1]]
 
 
-def start_from(branch: nn.Module, weights: Weights) -> list[str]:
+def start_from(branch: nn.Module, weights: Weights, data=None) -> list[str]:
     """Copy the weights, in place -> sentences that say what was not used and what was adapted.
 
+    data: the Dataset to train on, if its classes and bands are to be compared with the file's.
     CheckpointError when the file lacks a tensor or has one of another shape.
     """
     path, wanted, state = weights.path, branch.state_dict(), dict(weights.state)
@@ -171,6 +189,18 @@ def start_from(branch: nn.Module, weights: Weights) -> list[str]:
             f"weights, everything else is kept"
         )
         state |= {key: wanted[key] for key in wanted if key.startswith("head.classify.")}
+    elif data and weights.about and weights.about.classes.names != data.classes.names:
+        sentences.append(
+            f"{path} has the classes {', '.join(weights.about.classes.names)}, not "
+            f"{', '.join(data.classes.names)}: the last layer starts from random weights, "
+            f"everything else is kept"
+        )
+        state |= {key: wanted[key] for key in wanted if key.startswith("head.classify.")}
+    if data and weights.about and weights.about.bands[:3] != data.bands[:3]:  # rgb begins rgbir
+        sentences.append(
+            f"{path} was trained on {weights.about.bands}, not {data.bands}: the kernels of its "
+            f"bands are kept in their order"
+        )
     if missing := [key for key in wanted if key not in state]:
         raise CheckpointError(f"{path}: has nothing for {missing[0]}")
     theirs, ours = state[first].shape[1], wanted[first].shape[1]

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from support.checkpoint import CheckpointError, atomic_write
+from support import checkpoint
+from support.checkpoint import CheckpointError
 
 DTYPES = {
     "F64": torch.float64,
@@ -65,6 +66,14 @@ def read(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What a file that `read` takes says of itself; empty where it says nothing."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    found = header.get("__metadata__")
+    return found if isinstance(found, dict) else {}
+
+
 def described(name: str, *, dtype: str, shape: list[int], data_offsets: list[int]):
     """An entry as (begin, after, name, dtype, shape); TypeError or ValueError if it is none."""
     begin, after = data_offsets
@@ -77,7 +86,7 @@ def described(name: str, *, dtype: str, shape: list[int], data_offsets: list[int
 
 
 def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """All of the file or nothing; an interruption leaves the old one."""
+    """All of the file or nothing; CheckpointError where the disk is full."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, end, parts = {"__metadata__": metadata}, 0, []
     for name, tensor in tensors.items():
@@ -88,6 +97,4 @@ def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
         parts.append(data)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8, as the package has it
-    with atomic_write(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.writelines(parts)
+    checkpoint.write(b"".join([len(text).to_bytes(8, "little"), text, *parts]), path)

@@ -458,7 +458,9 @@ def test_the_exported_weights_are_read_again(tmp_path, printed, best):
     """By Hugging Face's names; and no kernel of ours is in what is exported."""
     path = tmp_path / "new" / "roads.safetensors"
     assert f"{path}: 3" in printed(best, "--export", path)
-    again, first = load_transformer(path).state_dict(), load_transformer(best).state_dict()
+    again, first = load_transformer(path), load_transformer(best)
+    assert again.about == first.about
+    again, first = again.state_dict(), first.state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
 
 
@@ -560,6 +562,8 @@ def bad_call(how, tmp_path, best, write_tiff):
         "export and maps": (best, good, "--export", tmp_path / "x.pt2"),
         "export to a zip": (best, "--export", tmp_path / "x.zip"),
         "export with orientations": (best, "--export", tmp_path / "x.pt2", "--tta"),
+        "export in bf16": (best, "--export", tmp_path / "x.pt2", "--precision", "bf16"),
+        "export with windows": (best, "--export", tmp_path / "x.pt2", *SMALL),
         "published weights that are none": (weights, good),
         "empty data set": (best, *to_loveda, "--split", "val"),
     }[how]
@@ -611,6 +615,8 @@ FAULTS = {
     "export and maps": "give images to map, --data to score on, or --export (one of the three)",
     "export to a zip": "--export must end in .pt2, .onnx, .safetensors; got ",
     "export with orientations": "--tta does not go with --export",
+    "export in bf16": "--precision does not go with --export",
+    "export with windows": "--window does not go with --export",
     "published weights that are none": "text.pth: not a file of weights",
     "empty data set": "holds no Urban",
 }

@@ -1,6 +1,7 @@
 """export.py: what is written runs without this project, and gives what the model gives."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -72,6 +73,38 @@ def test_safetensors_have_hugging_faces_names(tmp_path):
     state, unused = segformer.to_ours(tensors)
     assert not unused
     assert all(torch.equal(state[name], x) for name, x in model.state_dict().items())
+
+
+FULL = """
+import resource, signal
+from pathlib import Path
+import torch
+from support import checkpoint, export
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+program = torch.export.export(torch.nn.Linear(40, 40), (torch.zeros(1, 40),))
+for write in (
+    lambda: checkpoint.write(export.pt2_bytes(program, ""), Path("x.pt2")),
+    lambda: export.safetensors.write({"w": torch.zeros(999)}, Path("x.safetensors"), {}),
+):
+    try:
+        write()
+    except checkpoint.CheckpointError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a limit on the size of files is POSIX")
+def test_a_full_disk_is_a_sentence(tmp_path):
+    """Here a limit on the size of files: PyTorch's own writer ends the process with SIGABRT."""
+    command = [sys.executable, "-c", FULL]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stderr
+    for line, name in zip(lines, ("x.pt2", "x.safetensors"), strict=True):
+        assert line.startswith(f"{name}: File too large: it takes")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_an_onnx_without_its_packages_is_refused(tmp_path, monkeypatch):

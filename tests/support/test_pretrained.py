@@ -1,15 +1,19 @@
 """pretrained.py: what a file has is used or named, and a file that is none gets a sentence."""
 
 import copy
+import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ctclm import CTCLM, VARIANTS, ModelConfig, Transformer
 from support import checkpoint, pretrained, safetensors, segformer
+from support.about import About
 from support.checkpoint import CheckpointError
 from support.cli import UsageError
+from support.layouts import Classes
 
 
 def transformer(variant="tiny", K=5, in_channels=3):
@@ -145,6 +149,40 @@ def test_bands_beyond_ours_are_left_out(tmp_path):
     _, sentence = pretrained.start_from(model, pretrained.read(path))
     assert sentence.endswith("has 4 bands, not 3: those of the first 3 are kept")
     assert torch.equal(model.stages[0].embed.weight, trained.stages[0].embed.weight[:, :3])
+
+
+CLASSES = Classes(tuple("abcde"), tuple((k, k, k) for k in range(5)))
+
+
+def written_with_about(model, path):
+    about = About(CLASSES, "folder", "irrg").plain()
+    if path.suffix == ".safetensors":
+        safetensors.write(tensors_of(model), path, {"about": json.dumps(about)})
+    else:
+        state = {"kind": "ctclm-transformer", "model": model.state_dict()}
+        checkpoint.save(state | {"about": about}, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["best.pt", "x.safetensors"])
+def test_as_many_classes_of_other_names_are_other_classes(tmp_path, name):
+    trained, model = transformer(), transformer()
+    weights = pretrained.read(written_with_about(trained, tmp_path / name))
+    same_data = SimpleNamespace(classes=CLASSES, bands="irrg")
+    assert len(pretrained.start_from(model, weights, same_data)) == 1 and same(model, trained)
+    model = transformer()
+    before = copy.deepcopy(model.head.classify)
+    other = SimpleNamespace(classes=CLASSES._replace(names=tuple("abcdx")), bands="rgb")
+    _, classes, bands = pretrained.start_from(model, weights, other)
+    assert "has the classes a, b, c, d, e, not a, b, c, d, x: the last layer starts" in classes
+    assert "was trained on irrg, not rgb" in bands
+    assert same(model.head.classify, before) and same(model.stages, trained.stages)
+
+
+def test_an_about_of_other_weights_is_refused(tmp_path):
+    path = written_with_about(transformer(K=4), tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="x.safetensors: what it says about its classes"):
+        pretrained.read(path)
 
 
 # --- Tensors that are no weights of this model ---------------------------------------------------
