@@ -270,7 +270,7 @@ class Config:
                 "submission"
             )
             self.refuse("does not go with --export", others)
-            for name in ("window", "overlap", "precision"):  # these have defaults
+            for name in ("window", "overlap", "precision", "device"):  # these have defaults
                 is_given = getattr(self, name) != getattr(Config, name)
                 cli.require(not is_given, f"{cli.flag(name)} does not go with --export")
             fits = self.export.suffix in ENDINGS
