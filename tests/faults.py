@@ -1258,7 +1258,7 @@ WEIGHTS = [
           "starts = config.pretrained",
           "test_train.py::test_a_resumed_run_goes_on_from_its_own_weights"),
     Fault("train.py", "the pretrained weights are read and not used",
-          "pretrained.start_both(model, weights)",
+          "pretrained.start_both(model, weights, train_set)",
           "pretrained.start_both(CTCLM(model.config), weights)",
           "test_train.py::test_a_run_starts_from_published_weights"),
 ]
