@@ -54,7 +54,7 @@ def zones(sheet: Sheet) -> None:
     sheet.box(Box(left, 8, right, 352), outline=GREY, dashed=True)
     sheet.box(Box(left, 368, right, 474), TRANSFORMER_TINT, TRANSFORMER_COLOUR, width=2.5)
     above, below = CNN_LANE - 18, TRANSFORMER_LANE + LANE + 29  # baselines
-    scales, deployed = "parallel convolutions, 3 to 11 pixels wide", "DEPLOYED: best.pt"
+    scales, deployed = "3 x 3, then 5 to 11 positions wide in parallel", "DEPLOYED: best.pt"
     keys = "attention, its keys on a coarser grid"
     for y, name, what, fate, colour, fates_colour in (
         (above, "CNN branch", scales, "TRAINING ONLY", CNN_COLOUR, GREY),
