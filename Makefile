@@ -26,7 +26,7 @@ demo: $(VENV)/ready
 	@echo "  $(PY) train.py --data folder --root YOUR_DATA --out runs/mine"
 
 # Two halves side by side, a thread each; the report of the second follows that of the first.
-HALF := tests/kernels tests/experiments
+HALF := tests/kernels tests/experiments tests/test_notebooks.py
 test: $(VENV)/ready
 	@export OMP_NUM_THREADS=1; report=$$(mktemp); \
 	$(PY) -m pytest $(HALF:%=--ignore=%) > $$report 2>&1 & others=$$!; \
