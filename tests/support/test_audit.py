@@ -94,8 +94,8 @@ def spoil(root, how, write_tiff):
     elif how == "a fourth band":
         write_tiff(root / RGB, np.concatenate([image, image[..., :1]], axis=2))
     elif how == "transparency":
-        alpha = np.concatenate([image, image[..., :1]], axis=2)
-        write_tiff(root / RGB, alpha, tags={338: (3, [2])})
+        opaque = np.concatenate([image, np.full_like(image[..., :1], 255)], axis=2)
+        write_tiff(root / RGB, opaque, tags={338: (3, [2])})
     elif how == "overlay":
         save(root / LABEL, (label // 2 + image // 2))
     elif how == "photograph":
