@@ -378,20 +378,21 @@ class Config:
     stretch: tuple[float, ...] = cli.option((), "for images of 16 bits: LOW HIGH in per cent")
 
     def __post_init__(self):
-        audited = [name for name in DATA_SETS if name != "toy"]
-        if self.command == "audit" and (len(self.data) != 1 or self.data[0] not in audited):
-            raise cli.UsageError(f"say what to audit: python data.py audit {' | '.join(audited)}")
-        if self.command == "toy" and self.data:
-            raise cli.UsageError("python data.py toy takes nothing but --root")
+        audited, is_one = [name for name in DATA_SETS if name != "toy"], len(self.data) == 1
+        known = self.command != "audit" or (is_one and self.data[0] in audited)
+        cli.require(known, f"say what to audit: python data.py audit {' | '.join(audited)}")
+        nothing = self.command != "toy" or not self.data
+        cli.require(nothing, "python data.py toy takes nothing but --root")
         if self.command == "classes":
-            one = len(self.data) == 1 and self.root is None
+            one = is_one and self.root is None
             cli.require(one, "say where the masks are: python data.py classes DIR")
-        elif self.root is None:
-            raise cli.UsageError(f"python data.py {self.command} needs --root, a folder")
-        if not 0 <= self.max_unknown <= 1:
-            raise cli.UsageError(f"--max-unknown is a share, 0 to 1; got {self.max_unknown}")
-        if self.tiles and self.split == "all":
-            raise cli.UsageError("--tiles needs --split, the split to which they belong")
+        else:
+            there = self.root is not None
+            cli.require(there, f"python data.py {self.command} needs --root, a folder")
+        is_share = 0 <= self.max_unknown <= 1
+        cli.require(is_share, f"--max-unknown is a share, 0 to 1; got {self.max_unknown}")
+        belong = not self.tiles or self.split != "all"
+        cli.require(belong, "--tiles needs --split, the split to which they belong")
 
 
 def main(arguments: list[str]) -> int | None:

@@ -120,7 +120,7 @@ def peer_step(variant: str, batch, device: torch.device, compiled: bool = False)
     return step
 
 
-def peer(variant: str) -> nn.Module:
+def peer(variant: str, classes: int = K) -> nn.Module:
     """Hugging Face's SegFormer of this variant, random weights. Not imported by name: nothing here
     needs the package unless it is asked for."""
     v, transformers = VARIANTS[variant], import_module("transformers")
@@ -129,7 +129,7 @@ def peer(variant: str) -> nn.Module:
         hidden_sizes=list(v.channels),
         num_attention_heads=list(v.heads),
         decoder_hidden_size=v.head_width,
-        num_labels=K,
+        num_labels=classes,
     )
     return transformers.SegformerForSemanticSegmentation(config)
 

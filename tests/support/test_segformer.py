@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ctclm import VARIANTS, Transformer
+from experiments.bench_model import peer
 from kernels import collaborative_loss
 from support import pretrained, safetensors, segformer
 
@@ -156,20 +157,12 @@ def transformers():
     return pytest.importorskip("transformers", reason="the package transformers is not installed")
 
 
-def both_models(transformers, variant, folder, K=5):
+def both_models(variant, folder, K=5):
     """Theirs with random weights, and ours from the file that it writes."""
     torch.manual_seed(0)
-    v = VARIANTS[variant]
-    config = transformers.SegformerConfig(
-        depths=list(v.depths),
-        hidden_sizes=list(v.channels),
-        num_attention_heads=list(v.heads),
-        decoder_hidden_size=v.head_width,
-        num_labels=K,
-    )
-    theirs = randomised(transformers.SegformerForSemanticSegmentation(config))
+    theirs = randomised(peer(variant, K))
     theirs.save_pretrained(folder)
-    ours = Transformer(v, K, 3).eval()
+    ours = Transformer(VARIANTS[variant], K, 3).eval()
     weights = pretrained.read(folder / "model.safetensors")
     assert weights.unused == [] and weights.variant(VARIANTS) == variant
     pretrained.start_from(ours, weights)
@@ -178,7 +171,7 @@ def both_models(transformers, variant, folder, K=5):
 
 @pytest.mark.parametrize("variant", ["tiny", "b0", "b1", "b2"])
 def test_logits_are_theirs(transformers, variant, tmp_path):
-    ours, theirs = both_models(transformers, variant, tmp_path)
+    ours, theirs = both_models(variant, tmp_path)
     for H, W in ((64, 96), (97, 131)) if variant == "b2" else ((64, 64), (128, 96), (97, 131)):
         images = 255 * torch.rand(2, 3, H, W)
         with torch.no_grad():
@@ -191,7 +184,7 @@ def test_logits_are_theirs(transformers, variant, tmp_path):
 @pytest.mark.parametrize("variant, H, W", [("tiny", 97, 131), ("b0", 64, 96)])
 def test_gradients_are_theirs(transformers, variant, H, W, tmp_path):
     """Of the cross entropy at full size, theirs and that of our training loss."""
-    ours, theirs = both_models(transformers, variant, tmp_path)
+    ours, theirs = both_models(variant, tmp_path)
     images, labels = 255 * torch.rand(2, 3, H, W), torch.randint(0, 5, (2, H, W))
     labels[:, :9] = 255
     logits = ours(images)
