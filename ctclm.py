@@ -391,9 +391,10 @@ class Head(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         size = features[0].shape[-2:]
-        levels = [project(x) for project, x in zip(self.project, features, strict=True)]
-        levels[1:] = [upsample(x, size) for x in levels[1:]]
-        return self.classify(F.relu(self.norm(sum(levels[1:], levels[0]))))  # (B, K, H/4, W/4)
+        total = self.project[0](features[0])
+        for project, x in zip(self.project[1:], features[1:], strict=True):
+            total += upsample(project(x), size)  # in place: no maps of the model are larger
+        return self.classify(F.relu(self.norm(total), inplace=True))  # (B, K, H/4, W/4)
 
 
 class Projector(nn.Sequential):
@@ -641,12 +642,11 @@ def directed_distances(h_c: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
     h_c is the teacher and detached; that of the second reaches h_c alone.
     """
 
-    h_c, h_t = F.normalize(h_c, dim=1), F.normalize(h_t, dim=1)
-
     def distance(student: Tensor, teacher: Tensor) -> Tensor:
-        return 1 - (student * teacher.detach()).sum(1, keepdim=True)
+        norms = student.norm(dim=1, keepdim=True) * teacher.norm(dim=1, keepdim=True)
+        return 1 - (student * teacher).sum(1, keepdim=True) / norms.clamp(min=1e-12)
 
-    return distance(student=h_t, teacher=h_c), distance(student=h_c, teacher=h_t)
+    return distance(h_t, h_c.detach()), distance(h_c, h_t.detach())
 
 
 def covariance_penalty(h: Tensor, counts: Tensor, add_up=alone) -> Tensor:
@@ -663,11 +663,10 @@ def covariance_penalty(h: Tensor, counts: Tensor, add_up=alone) -> Tensor:
 
 def masked_covariance(h: Tensor, counts: Tensor, add_up=alone) -> Tensor:
     """Covariance over the positions that count, (B, D, H, W) -> (D, D)."""
-    rows = to_tokens(h).flatten(0, 1)  # (B * N, D)
-    w = counts.flatten()[:, None]
-    n = add_up(w.sum()).clamp(min=1)
-    centred = (rows - add_up(w.T @ rows) / n) * w
-    return add_up(centred.T @ centred) / n
+    rows = to_tokens(h * counts).flatten(0, 1)  # (B * N, D)
+    n = add_up(counts.sum()).clamp(min=1)
+    mean = add_up(rows.sum(0)) / n
+    return add_up(rows.T @ rows) / n - mean.outer(mean)
 
 
 def masked_mean(values: Tensor, counts: Tensor, add_up=alone) -> Tensor:

@@ -87,4 +87,4 @@ def interpolation_matrix(n: int, N: int, dtype: torch.dtype, device: torch.devic
     """Linear interpolation of n numbers to N as a matrix (N, n): interpolate the identity."""
     identity = torch.eye(n, dtype=torch.float64)
     matrix = F.interpolate(identity[None], N, mode="linear", align_corners=False)[0].T
-    return matrix.to(device, dtype).contiguous()
+    return matrix.to(dtype).contiguous().to(device)  # last, so that every stream may read it

@@ -10,7 +10,7 @@ than many of them cost the GPU. A CUDA graph records them once and launches all 
 """
 
 import sys
-from functools import lru_cache
+from collections import OrderedDict
 
 import torch
 
@@ -27,11 +27,12 @@ class Replayed:
     threads may use the GPU meanwhile, on streams of their own or on the default one.
     """
 
-    def __init__(self, function, capture: bool = True):
-        """capture: False where the function also talks to other processes."""
+    def __init__(self, function, capture: bool = True, stream: torch.cuda.Stream | None = None):
+        """capture: False where the function also talks to other processes. stream: a graph that is
+        dropped takes the workspaces of its stream along, so no other may have the same."""
         self.function, self.calls, self.may_capture = function, 0, capture
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.stream = torch.cuda.Stream()  # capturing needs another than the default one
+        self.stream = stream or torch.cuda.Stream(priority=-1)  # not the default one: to capture
         self.copied = torch.cuda.Event()  # the inputs of the last call
 
     def __call__(self, *inputs: torch.Tensor):
@@ -75,13 +76,24 @@ class Replayed:
 
 
 class ReplayedShapes:
-    """A function of one tensor, replayed for each of the last shapes that it was called with."""
+    """A function of one tensor, replayed for each of the last shapes that it was called with.
+
+    A new shape gets the stream of the one that it displaces: PyTorch has 32 in all, and gives them
+    out in turns. Those of priority, which training has, are others.
+    """
 
     def __init__(self, function):
-        self.of_shape = lru_cache(SHAPES)(lambda shape, dtype: Replayed(function))
+        self.function = function
+        self.of_shape: OrderedDict[tuple, Replayed] = OrderedDict()  # the last used comes last
 
     def __call__(self, x: torch.Tensor):
-        return self.of_shape(x.shape, x.dtype)(x)
+        key = x.shape, x.dtype
+        if key not in self.of_shape:
+            full = len(self.of_shape) == SHAPES
+            stream = self.of_shape.popitem(last=False)[1].stream if full else torch.cuda.Stream()
+            self.of_shape[key] = Replayed(self.function, stream=stream)
+        self.of_shape.move_to_end(key)
+        return self.of_shape[key](x)
 
 
 def replayed_on(device: torch.device, function):

@@ -35,6 +35,26 @@ def test_equals_the_reference(B, C, H, W):
     assert result.shape == (B, C, H, W)
 
 
+@pytest.mark.parametrize("B, C, H, W", [(3, 2, 5, 13), (1, 24, 12, 11), (2, 16, 1, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_on_a_cpu(B, C, H, W, layout):
+    """The same products in another order, so float64 rounds the sums otherwise."""
+    x, kernel = (x.double() for x in random_inputs(B, C, H, W))
+    inputs = x.contiguous(memory_format=layout).requires_grad_(), kernel.requires_grad_()
+    upstream = torch.randn(B, C, H, W).double()
+    found, wanted = (
+        torch.autograd.grad(convolution(*inputs), inputs, upstream)
+        for convolution in (multiscale_convolution, multiscale_convolution_reference)
+    )
+    torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=1e-15 * 121)
+    torch.testing.assert_close(found[1], wanted[1], rtol=0, atol=1e-15 * B * H * W)
+
+
+def test_a_second_derivative_on_a_cpu():
+    x, kernel = (x.double().requires_grad_() for x in random_inputs(2, 1, 2, 3))
+    assert torch.autograd.gradgradcheck(multiscale_convolution, (x, kernel))
+
+
 @pytest.mark.parametrize(
     "x, kernel",
     [

@@ -42,7 +42,20 @@ def test_each_shape_has_a_graph_of_its_own():
         for length in range(1, SHAPES + 1):
             x = torch.full((length,), float(call), device="cuda")
             assert doubled(x).tolist() == [2.0 * call] * length
-    assert doubled.of_shape(x.shape, x.dtype).graph is not None
+    assert doubled.of_shape[x.shape, x.dtype].graph is not None
+
+
+def test_a_shape_survives_many_others():
+    """More than PyTorch has streams: a graph that is dropped must not take what this one needs."""
+    weight = torch.randn(512, 512, device="cuda")
+    product = ReplayedShapes(lambda x: x @ weight)
+    x = torch.randn(64, 512, device="cuda")
+    wanted = product(x).clone()
+    for rows in range(1, 40):
+        for _ in range(EAGER_CALLS + 1):
+            product(torch.ones(rows, 512, device="cuda"))
+        assert torch.equal(product(x), wanted)
+    assert len({replayed.stream for replayed in product.of_shape.values()}) == SHAPES
 
 
 def test_threads_use_the_gpu_while_a_graph_is_captured():
