@@ -8,9 +8,9 @@
     conventions(matrix, eroded=eroded_matrix, clutter=5)        # what each community would report
 
 Papers on ISPRS Potsdam use the same formulas but other pixels (full labels, or labels eroded around
-every boundary) and other classes in the mean (with or without clutter). The same map scores 78 or
-86 % mIoU. So pixels are counted once, over the whole data set and never per image, and
-`conventions` names each choice in words.
+every boundary) and other classes in the mean (with or without clutter), so the same map has several
+scores. Pixels are counted once, over the whole data set and never per image, and `conventions`
+names each choice in words.
 
 The mean over classes leaves out classes that occur neither in the truth nor in the prediction.
 Their score is None: JSON can hold it, and no mean includes it by accident. A class that is absent
