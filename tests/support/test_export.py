@@ -143,4 +143,5 @@ def test_hugging_faces_program_reads_our_file(tmp_path):
     with torch.no_grad():
         expected = model(images)
         found = theirs(pixel_values=model.normalise(images)).logits
-    assert (found - expected).abs().max() < 1e-4
+    # Of the largest logit, some 30 here: theirs adds 1e-5 to a variance where ours adds 1e-6.
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
