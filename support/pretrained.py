@@ -5,9 +5,10 @@
         print(sentence)
 
 Published files end in .pth, .bin or .safetensors (support/segformer.py has their names), ours in
-.pt: best.pt has the Transformer, last.pt the CNN too. A CNN for which a file has nothing starts
-from random weights (docs/weights.md has what else was tried). Each tensor of a file is used, or a
-sentence names it. Where classes (their number, or their names) or bands are others:
+.pt: best.pt has the Transformer, last.pt the CNN too. A CNN for which a file has nothing gets the
+Transformer's patch embedding into its stem and is random elsewhere (docs/weights.md has what was
+measured). Each tensor of a file is used, or a sentence names it. Where classes (their number, or
+their names) or bands are others:
 
     classes     the last layer keeps its initial weights, and everything else is taken
     bands       a band that the file does not know gets the mean of the kernels of those that it
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support import checkpoint, safetensors, segformer
@@ -164,9 +166,19 @@ def start_both(model: nn.Module, weights: Weights, data=None) -> list[str]:
     """`start_from` for the branches of a CTCLM."""
     sentences = start_from(model.transformer, weights, data)
     if weights.cnn is None:
-        return [*sentences, "the CNN starts from random weights"]
+        with torch.no_grad():
+            stem = model.cnn.stem[0].weight
+            stem.copy_(shrunk(model.transformer.state_dict()[EMBED], stem))
+        lent = "the CNN's stem starts from the Transformer's patch embedding, shrunk to 3 x 3; "
+        return [*sentences, f"{lent}all else of it is random"]
     of_cnn = start_from(model.cnn, weights._replace(state=weights.cnn), data)
     return sentences + [f"the CNN {sentence}" for sentence in of_cnn[:1]]
+
+
+def shrunk(kernels: Tensor, stem: Tensor) -> Tensor:
+    """The first of the kernels (C, bands, 7, 7) as a stem (C', bands, 3, 3), at its norm."""
+    small = F.interpolate(kernels[: len(stem)], stem.shape[2:], mode="bilinear", antialias=True)
+    return small * (stem.norm() / small.norm())
 
 
 def start_from(branch: nn.Module, weights: Weights, data=None) -> list[str]:

@@ -71,14 +71,23 @@ def test_a_run_of_ours_has_both_branches(tmp_path):
     assert torch.equal(model.cnn.stem[0].weight[:, :3], trained.cnn.stem[0].weight)
 
 
-def test_without_one_the_cnn_is_as_it_was(tmp_path):
-    model = CTCLM(ModelConfig("tiny", num_classes=5))
-    before = copy.deepcopy(model)
-    path = write(tensors_of(transformer()), tmp_path / "x.bin")
+def test_without_one_the_cnn_gets_the_patch_embedding(tmp_path):
+    """And nothing else. A kernel that is the same everywhere stays so; the stem keeps its norm."""
+    trained, model = transformer(), CTCLM(ModelConfig("tiny", num_classes=5, in_channels=4))
+    with torch.no_grad():
+        trained.stages[0].embed.weight.copy_(torch.randn(32, 3, 1, 1).expand(-1, -1, 7, 7))
+    before = copy.deepcopy(model.cnn)
+    path = write(tensors_of(trained), tmp_path / "x.bin")
     assert pretrained.start_both(model, pretrained.read(path))[-1].startswith(
-        "the CNN starts from r"
+        "the CNN's stem starts from the Transformer's patch embedding"
     )
-    assert same(model.cnn, before.cnn) and not same(model.transformer, before.transformer)
+    stem, old = (cnn.stem[0].weight for cnn in (model.cnn, before))
+    middle = model.transformer.stages[0].embed.weight[:16, :, 3:4, 3:4]
+    ratio = stem / middle
+    torch.testing.assert_close(ratio, ratio[0, 0, 0, 0].expand(ratio.shape))
+    torch.testing.assert_close(stem.norm(), old.norm())
+    before.stem[0].weight.data.copy_(stem)
+    assert same(model.cnn, before)
 
 
 def test_files_of_half_precision_and_of_old_versions(tmp_path):
