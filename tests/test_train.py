@@ -320,14 +320,14 @@ def test_a_run_starts_from_published_weights(small, tmp_path, capsys):
     assert run_.config.saved()["pretrained"] == str(path)
 
 
-def test_the_cnn_does_not_see_what_the_transformer_starts_from(small, tmp_path):
+def test_of_a_public_file_the_cnn_gets_a_stem_and_nothing_else(small, tmp_path):
     published(tmp_path / "mit.safetensors")
     with_weights = train.prepare(small(pretrained=tmp_path / "mit.safetensors", out=tmp_path / "a"))
     without = train.prepare(small(out=tmp_path / "b"))
-    for ours, theirs in zip(
-        *(r.model.cnn.parameters() for r in (with_weights, without)), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    (stem, *ours), (random, *theirs) = (r.model.cnn.parameters() for r in (with_weights, without))
+    assert not torch.equal(stem, random)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_a_resumed_run_goes_on_from_its_own_weights(small, tmp_path):
