@@ -167,8 +167,8 @@ def start_both(model: nn.Module, weights: Weights, data=None) -> list[str]:
     sentences = start_from(model.transformer, weights, data)
     if weights.cnn is None:
         with torch.no_grad():
-            stem = model.cnn.stem[0].weight
-            stem.copy_(shrunk(model.transformer.state_dict()[EMBED], stem))
+            stem = model.cnn.get_parameter(STEM)
+            stem.copy_(shrunk(model.transformer.get_parameter(EMBED), stem))
         lent = "the CNN's stem starts from the Transformer's patch embedding, shrunk to 3 x 3; "
         return [*sentences, f"{lent}all else of it is random"]
     of_cnn = start_from(model.cnn, weights._replace(state=weights.cnn), data)
