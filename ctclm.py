@@ -32,8 +32,10 @@ from torch import Tensor, nn
 from kernels import (
     attention,
     collaborative_loss,
+    conv2d,
     group_norm,
     layer_norm,
+    linear,
     multiscale_convolution,
     upsample,
 )
@@ -89,6 +91,20 @@ class Normalise(nn.Module):
             )
         images = images.contiguous(memory_format=torch.channels_last)  # 1.7x on a CPU
         return (images - self.mean) / self.std
+
+
+# --- Layers whose biases learn by our kernel ------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        options = self.stride, self.padding, self.dilation, self.groups
+        return conv2d(x, self.weight, self.bias, *options)
 
 
 # --- Normalisation ------------------------------------------------------------------------------
@@ -172,12 +188,12 @@ class MultiScaleBlock(nn.Module):
 
     def __init__(self, channels: int, encoder: str):
         super().__init__()
-        self.enter = nn.Sequential(nn.Conv2d(channels, channels, 1), norm(channels), nn.GELU())
+        self.enter = nn.Sequential(Conv2d(channels, channels, 1), norm(channels), nn.GELU())
         # "plain", a single 3x3, is the control for what several scales are worth.
         self.scales = (
             MultiScaleConv(channels) if encoder == "multiscale" else depthwise(channels, 3)
         )
-        self.leave = nn.Conv2d(channels, channels, 1)
+        self.leave = Conv2d(channels, channels, 1)
         self.norm = norm(channels)
         self.ffn = ConvFFN(channels)
         self.g1, self.g2 = (nn.Parameter(torch.ones(channels)) for _ in range(2))
@@ -189,7 +205,7 @@ class MultiScaleBlock(nn.Module):
 
 def scaled(conv: nn.Conv2d, g: Tensor, x: Tensor) -> Tensor:
     """g conv(x), g for each channel of the result: in the weights, and not over a whole map."""
-    return F.conv2d(x, g[:, None, None, None] * conv.weight, g * conv.bias)
+    return conv2d(x, g[:, None, None, None] * conv.weight, g * conv.bias)
 
 
 class ConvFFN(nn.Sequential):
@@ -198,10 +214,10 @@ class ConvFFN(nn.Sequential):
     def __init__(self, channels: int, expansion: int = 4):
         hidden = expansion * channels
         super().__init__(
-            nn.Conv2d(channels, hidden, 1),
-            nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden),
+            Conv2d(channels, hidden, 1),
+            Conv2d(hidden, hidden, 3, padding=1, groups=hidden),
             nn.GELU(),
-            nn.Conv2d(hidden, channels, 1),
+            Conv2d(hidden, channels, 1),
         )
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:
@@ -219,12 +235,12 @@ class CNN(nn.Module):
         self.normalise = Normalise(in_channels)
         first, widths = variant.channels[0], variant.channels
         self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, first // 2, 3, stride=2, padding=1), norm(first // 2), nn.GELU()
+            Conv2d(in_channels, first // 2, 3, stride=2, padding=1), norm(first // 2), nn.GELU()
         )
         previous = (first // 2, *widths[:-1])
         self.stages = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(before, width, 3, stride=2, padding=1),
+                Conv2d(before, width, 3, stride=2, padding=1),
                 norm(width, stream=True),
                 *(MultiScaleBlock(width, encoder) for _ in range(depth)),
             )
@@ -263,12 +279,12 @@ class SpatialReductionAttention(nn.Module):
     def __init__(self, channels: int, heads: int, reduction: int):
         super().__init__()
         self.heads, self.reduction = heads, reduction
-        self.query = nn.Linear(channels, channels)
-        self.key_value = nn.Linear(channels, 2 * channels)
+        self.query = Linear(channels, channels)
+        self.key_value = Linear(channels, 2 * channels)
         if reduction > 1:
-            self.reduce = nn.Conv2d(channels, channels, reduction, stride=reduction)
+            self.reduce = Conv2d(channels, channels, reduction, stride=reduction)
             self.reduce_norm = LayerNorm(channels)
-        self.project = nn.Linear(channels, channels)
+        self.project = Linear(channels, channels)
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
         B, N, C = x.shape  # N = H * W tokens of this stage's grid
@@ -288,9 +304,9 @@ class MixFFN(nn.Module):
     def __init__(self, channels: int, expansion: int = 4):
         super().__init__()
         hidden = expansion * channels
-        self.expand = nn.Linear(channels, hidden)
-        self.mix = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.reduce = nn.Linear(hidden, channels)
+        self.expand = Linear(channels, hidden)
+        self.mix = Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.reduce = Linear(hidden, channels)
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
         x = to_tokens(self.mix(to_grid(self.expand(x), H, W)))
@@ -318,7 +334,7 @@ class TransformerStage(nn.Module):
     def __init__(self, before: int, channels: int, heads: int, depth: int, index: int):
         super().__init__()
         size, stride = (7, 4) if index == 0 else (3, 2)
-        self.embed = nn.Conv2d(before, channels, size, stride=stride, padding=size // 2)
+        self.embed = Conv2d(before, channels, size, stride=stride, padding=size // 2)
         self.embed_norm = LayerNorm(channels, stream=True)
         self.blocks = nn.ModuleList(
             TransformerBlock(channels, heads, KEY_REDUCTION[index]) for _ in range(depth)
@@ -385,7 +401,7 @@ class Head(nn.Module):
             nn.Conv2d(channels, variant.head_width, 1, bias=False) for channels in variant.channels
         )
         self.norm = norm
-        self.classify = nn.Conv2d(variant.head_width, num_classes, 1)
+        self.classify = Conv2d(variant.head_width, num_classes, 1)
         self.apply(initialise)
         nn.init.normal_(self.classify.weight, std=0.01)  # start undecided: cross entropy = log K
 

@@ -5,11 +5,11 @@
     python -m experiments.ablation --data folder --root DIR --results experiments/results/dir
 
 A cell is one setting (experiments/settings.py) with one seed. All settings of a seed are trained
-side by side: a step of each on the same windows, then the next. They start with the same
-Transformer and see the same windows in the same order. In (13) alone the learning rate differs, by
-a ten-thousandth: what it scores differently is chance. Seeds run --jobs at a time. Cells are saved
-every ten minutes and when they are told to stop, and those in --results/scores.csv do not run
-again, so the same command goes on with the table.
+side by side: a step of each on the same windows, then the next. Those with more steps take several
+at a time. They start with the same Transformer and see the same windows in the same order. In (13)
+alone the learning rate differs, by a ten-thousandth: what it scores differently is chance. Seeds
+run --jobs at a time. Cells are saved every ten minutes and when they are told to stop, and those in
+--results/scores.csv do not run again, so the same command goes on with the table.
 
 For every setting alike, what is scored is the mean of the weights over the last tenth of the steps,
 on whole scenes of the validation and of the test split. Nothing is selected on either: the last
@@ -124,8 +124,7 @@ class Cell(train.Run):
         with self.stream():
             super().train_step(images, labels)
             if (count := self.step - self.from_step) > 0:
-                for mean, x in zip(self.mean, self.weights(), strict=True):
-                    mean.lerp_(x, 1 / count)
+                torch._foreach_lerp_(self.mean, self.weights(), 1 / count)
 
     def check_gradients(self) -> None:
         with self.stream():
@@ -167,42 +166,57 @@ class StoppedError(Exception):
     """Told to stop; the cells are saved."""
 
 
-def train_side_by_side(cells: list[Cell], windows: Windows, end: int) -> None:
-    """To step `end` or to their own, a step of each at a time. StoppedError after a stop signal."""
-    cells = [cell for cell in cells if cell.step < min(end, cell.config.steps)]
+def train_side_by_side(cells: list[Cell], windows: Windows) -> None:
+    """Each to its own last step, and all arrive together: while the shortest take a step, those
+    with twice as many take two. StoppedError after a stop signal."""
+    cells = [cell for cell in cells if not cell.finished()]
     if not cells:
         return
-    on_gpu, first = cells[0].device.type == "cuda", min(cell.step for cell in cells)
+    on_gpu = cells[0].device.type == "cuda"
     threads = torch.get_num_threads() if on_gpu else 1
     if on_gpu:
         torch.cuda.synchronize()  # weights are made on another stream than they are trained on
+    groups: dict[int, list[Cell]] = {}  # by their last step: a group sees the same windows
+    for cell in cells:
+        groups.setdefault(cell.config.steps, []).append(cell)
+    at = {end: min(cell.step for cell in group) for end, group in groups.items()}
+    batches = {end: prefetch(windows, range(at[end], end), threads) for end in groups}
+    rounds = min(groups)
+    first = min(step * rounds // end for end, step in at.items())
     begin = saved = shown = time.monotonic()
     with cli.StopSignal() as stop:
-        for step, images, labels, _ in prefetch(windows, range(first, end), threads):
-            for cell in cells:
-                if cell.step == step:
-                    cell.train_step(images, labels)
-                    if cell.step % CHECKED_EVERY == 0 or cell.finished():
-                        cell.check_gradients()
-            now, done = time.monotonic(), step + 1
+        for done in range(first + 1, rounds + 1):
+            for end, group in groups.items():
+                while at[end] < done * end // rounds:
+                    take_step(group, *next(batches[end]))
+                    at[end] += 1
+            now = time.monotonic()
             if now - shown > SHOWN_EVERY:
-                left = duration((now - begin) / (done - first) * (end - done))
+                left = duration((now - begin) / (done - first) * (rounds - done))
                 names = ", ".join(cell.name for cell in cells)
-                print(f"seed {windows.seed}, {names}: step {done} of {end}, {left} left")
+                print(f"seed {windows.seed}, {names}: step {done} of {rounds}, {left} left")
                 shown = now
-            if stop.received or done == end or now - saved > SAVED_EVERY:
+            if stop.received or done == rounds or now - saved > SAVED_EVERY:
                 if on_gpu:
                     torch.cuda.synchronize()
                 for cell in cells:
                     cell.save()
                 saved = now
-            if stop.received and done < end:
+            if stop.received and done < rounds:
                 raise StoppedError(f"seed {windows.seed}")
 
 
+def take_step(cells: list[Cell], step: int, images: np.ndarray, labels: np.ndarray, _) -> None:
+    """All that are not ahead of it, because they were saved later than others."""
+    for cell in cells:
+        if cell.step == step:
+            cell.train_step(images, labels)
+            if cell.step % CHECKED_EVERY == 0 or cell.finished():
+                cell.check_gradients()
+
+
 def run_seed(task: tuple) -> int:
-    """Train a seed's cells that are not done yet, and write the maps of each when it is. Returns
-    the seed."""
+    """Train a seed's cells that are not done yet, and write the maps of each. Returns the seed."""
     config, seed, names, ratio, threads = task
     machine.keep_freed_memory()
     torch.set_num_threads(threads)
@@ -213,26 +227,23 @@ def run_seed(task: tuple) -> int:
         cells[name] = Cell(name, options_of(config, name, seed, ratio), train_set)
         cells[name].restore()
     windows = train.make_windows(next(iter(cells.values())).config, train_set.scenes)
-    learn_apart = {name: cell for name, cell in cells.items() if name != "frozen"}
+    frozen = {name: cells.pop(name) for name in ["frozen"] if name in cells}
 
-    def train_to(end: int, cells: dict[str, Cell]) -> None:
-        train_side_by_side([*cells.values()], windows, end)
+    def train_all(cells: dict[str, Cell]) -> None:
+        train_side_by_side([*cells.values()], windows)
         for name, cell in cells.items():
-            if cell.finished():
-                cell.use_mean()
-                if name in names and not maps_of(config, name, seed).exists():
-                    write_maps(cell.model.branches, splits, maps_of(config, name, seed))
+            cell.use_mean()
+            if name in names and not maps_of(config, name, seed).exists():
+                write_maps(cell.model.branches, splits, maps_of(config, name, seed))
 
-    train_to(config.steps, learn_apart)
+    train_all(cells)
     if "ensemble" in names:
         both = Ensemble(cells["transformer"].model.transformer, cells["cnn"].model.cnn)
         write_maps({"transformer": both}, splits, maps_of(config, "ensemble", seed))
-    if frozen := cells.get("frozen"):
-        if frozen.step == 0:
-            frozen.model.cnn.load_state_dict(cells["cnn"].model.cnn.state_dict())
-        train_to(config.steps, {"frozen": frozen})
-    for end in sorted({cell.config.steps for cell in learn_apart.values()}):
-        train_to(end, learn_apart)
+    for cell in frozen.values():
+        if cell.step == 0:
+            cell.model.cnn.load_state_dict(cells["cnn"].model.cnn.state_dict())
+    train_all(frozen)
     return seed
 
 

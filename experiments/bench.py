@@ -11,6 +11,7 @@ the sections:
     loss          the collaborative loss at the same size, and the memory that it takes
     multiscale    the CNN's 11 x 11 depthwise convolution at its four stages
     norm          layer normalisation of the Transformer's tokens at its four stages
+    bias          the gradient of the bias of each stage's widest layer
     upsample      256 channels from stages 2 to 4 to stage 1, as a head does it
     step          a training step as train.py runs it, where its time goes, and inference
     scene         a large picture mapped from file to file, as infer.py does it
@@ -50,6 +51,7 @@ from experiments.timing import (
 )
 from kernels import attention, collaborative_loss, group_norm, layer_norm, upsample
 from kernels.attention import attention_reference
+from kernels.bias import linear, row_sum, row_sum_reference
 from kernels.distill import collaborative_loss_reference
 from kernels.group_norm import group_norm_reference
 from kernels.multiscale import multiscale_convolution, multiscale_convolution_reference
@@ -123,6 +125,8 @@ def checked(dtype, device) -> list[tuple[str, Callable, Callable, list[Tensor]]]
     grouped = [partial(on_maps, f) for f in (group_norm, group_norm_reference)]
     kernel = torch.randn(16, 1, 11, 11, device=device).to(dtype) / 11
     convolved = [*feature_maps(2, 16, 40, dtype, device)[:1], kernel]
+    biased = [rows_of(3000, 96, dtype, device)[0], *rows_of(32, 96, dtype, device)[:1]]
+    biased += rows_of(1, 32, dtype, device)[1:2]
     return [
         ("attention D=32", attention, attention_reference, qkv(2, 2, 500, 200, 32, dtype, device)),
         ("attention D=64", attention, attention_reference, qkv(2, 2, 300, 300, 64, dtype, device)),
@@ -134,6 +138,7 @@ def checked(dtype, device) -> list[tuple[str, Callable, Callable, list[Tensor]]]
         ("multiscale", multiscale_convolution, multiscale_convolution_reference, convolved),
         ("norm", *normalised, rows_of(500, 96, dtype, device)),
         ("norm of groups", *grouped, [convolved[0], *rows_of(1, 16, dtype, device)[1:]]),
+        ("bias", linear, F.linear, biased),
         ("upsample", *upsampled, feature_maps(2, 32, 16, dtype, device)[:1]),
     ]
 
@@ -340,6 +345,19 @@ def bench_norm(table: Table, rate: Rates | None, config: "Config") -> None:
             table.compare(f"norm stage {stage} C={C} {way}", makers, floor)
 
 
+def bench_bias(table: Table, rate: Rates | None, config: "Config") -> None:
+    """The sum of all rows, on a GPU alone: a CPU has PyTorch's."""
+    if not rate:
+        return
+    for stage, (C, side) in MAPS.items():
+        dy = torch.randn(16 * side * side, 4 * C, device=table.device).bfloat16()
+        makers = {
+            "ours": lambda dy=dy: lambda: row_sum(dy, torch.float32),
+            "sum": lambda dy=dy: lambda: row_sum_reference(dy).float(),
+        }
+        table.compare(f"bias stage {stage} C={4 * C}", makers, rate.milliseconds(dy.nbytes, 0))
+
+
 def bench_upsample(table: Table, rate: Rates | None, config: "Config") -> None:
     B, C, size = GPU_UPSAMPLING if rate else CPU_UPSAMPLING
     ours, theirs = (partial(f, size=(size, size)) for f in (upsample, upsample_reference))
@@ -365,6 +383,7 @@ SECTIONS = {
     "loss": bench_loss,
     "multiscale": bench_multiscale,
     "norm": bench_norm,
+    "bias": bench_bias,
     "upsample": bench_upsample,
     "step": bench_step,
     "scene": bench_scene,

@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import multiscale
+from kernels import bias, multiscale
 from kernels.attention_triton import (
     HEAD_DIMENSIONS,
     HELD_CHUNKS,
@@ -98,7 +98,7 @@ class Compiled(NamedTuple):
 
 def builds(arch: int) -> list[Build]:
     attention = attention_builds(SHARED_MEMORY[arch])
-    norms = norm_builds() + group_norm_builds()
+    norms = norm_builds() + group_norm_builds() + bias_builds()
     return attention + loss_builds(arch) + multiscale_builds() + norms
 
 
@@ -199,7 +199,7 @@ def norm_builds() -> list[Build]:
         ):
             name = f"layer norm {way} {dtype} C={C}"
             found.append(Build(name, kernel, types, constants | more, tile.warps, 3))
-    sums = dict.fromkeys(("parts_ptr", "dweight_ptr", "dbias_ptr"), "*fp32")
+    sums = dict.fromkeys(("parts_ptr", "first_ptr", "second_ptr"), "*fp32")
     for parts in (16, 2 * PROGRAMS):  # few of them: of the images in group norm
         constants = dict(zip(("PARTS", "COLUMNS"), tile_of_parts(parts, 512), strict=True))
         found.append(Build(f"layer norm sum of {parts}", norm_sum, sums, constants, 8, 3))
@@ -228,6 +228,16 @@ def group_norm_builds() -> list[Build]:
         ):
             name = f"group norm {way} {dtype} C={C}"
             found.append(Build(name, kernel, types, given, tile.warps, 3))
+    return found
+
+
+def bias_builds() -> list[Build]:
+    found, types = [], {"rows_ptr": "*bf16", "parts_ptr": "*fp32"}
+    for C in (32, 160, 1024):
+        tile = bias.tile_of(C)
+        constants = {"C": C, "ROWS": tile.rows, "WIDTH": tile.width, "TILES": 8}
+        name = f"bias bf16 C={C}"
+        found.append(Build(name, bias.row_sum_kernel, types, constants, tile.warps, 3))
     return found
 
 

@@ -1,6 +1,6 @@
 """The operations that CTCLM spends its time in, each beside the PyTorch lines it must equal.
 
-    from kernels import attention, collaborative_loss, group_norm, layer_norm
+    from kernels import attention, collaborative_loss, conv2d, group_norm, layer_norm, linear
     from kernels import multiscale_convolution, upsample
 
 The model imports these names only and never asks what hardware there is: choose.py has the one
@@ -8,6 +8,7 @@ rule. `force("pytorch")` and `force("triton")` override it. `python -m experimen
 """
 
 from kernels.attention import attention
+from kernels.bias import conv2d, linear
 from kernels.choose import force
 from kernels.distill import CollaborativeLoss, collaborative_loss, gate
 from kernels.group_norm import group_norm
@@ -19,10 +20,12 @@ __all__ = [
     "CollaborativeLoss",
     "attention",
     "collaborative_loss",
+    "conv2d",
     "force",
     "gate",
     "group_norm",
     "layer_norm",
+    "linear",
     "multiscale_convolution",
     "upsample",
 ]

@@ -170,21 +170,21 @@ def backward_kernel(
 
 @jit
 def sum_kernel(
-    parts_ptr,  # (2, parts, C) float32
-    dweight_ptr,  # (C,)
-    dbias_ptr,
+    parts_ptr,  # (sums, parts, C) float32
+    first_ptr,  # (C,)
+    second_ptr,
     parts,
     C,
     PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Adds the parts up, all at once: program (i, 0) for the weight, (i, 1) for the bias."""
-    of_bias = tl.program_id(1)
+    """Adds the parts up, all at once: program (i, 0) for the first sum, (i, 1) for the second."""
+    of_second = tl.program_id(1)
     p, c = tl.arange(0, PARTS)[:, None], tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    at = (of_bias * parts + p) * C + c[None, :]
+    at = (of_second * parts + p) * C + c[None, :]
     total = tl.sum(tl.load(parts_ptr + at, (p < parts) & (c[None, :] < C), 0.0), 0)
-    tl.store(dweight_ptr + c, total, (c < C) & (of_bias == 0))
-    tl.store(dbias_ptr + c, total, (c < C) & (of_bias == 1))
+    tl.store(first_ptr + c, total, (c < C) & (of_second == 0))
+    tl.store(second_ptr + c, total, (c < C) & (of_second == 1))
 
 
 # --- What PyTorch sees ---------------------------------------------------------------------------
@@ -227,11 +227,12 @@ def fused_layer_norm_backward(
     return dx, dweight, dbias
 
 
-def sum_parts(parts: Tensor, dweight: Tensor, dbias: Tensor) -> None:
-    """parts (2, parts, C) -> two vectors, in a fixed order."""
+def sum_parts(parts: Tensor, *sums: Tensor) -> None:
+    """parts (1 or 2, parts, C) -> as many vectors (C,), in a fixed order."""
     _, P, C = parts.shape
     PARTS, COLUMNS = tile_of_parts(P, C)
-    sum_kernel[triton.cdiv(C, COLUMNS), 2](parts, dweight, dbias, P, C, PARTS, COLUMNS, num_warps=8)
+    grid = triton.cdiv(C, COLUMNS), len(sums)
+    sum_kernel[grid](parts, sums[0], sums[-1], P, C, PARTS, COLUMNS, num_warps=8)
 
 
 def tile_of_parts(parts: int, C: int) -> tuple[int, int]:

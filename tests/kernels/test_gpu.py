@@ -11,9 +11,11 @@ from kernels import (
     force,
     group_norm,
     layer_norm,
+    linear,
     multiscale_convolution,
 )
 from kernels.attention import attention_reference
+from kernels.bias import row_sum, row_sum_reference
 from kernels.distill import TRANSFERS, collaborative_loss_reference
 from kernels.group_norm import group_norm_reference
 from kernels.multiscale import multiscale_convolution_reference
@@ -196,6 +198,29 @@ def test_group_norm(B, C, H, W, x_dtype, y_dtype, no_worse):
     y, dx, *_ = outputs_and_gradients(ours, inputs)
     for image in (y, dx):
         assert image.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(16, 128, 128, 128), (16, 64, 64, 256), (16384, 640), (1024, 1024), (999, 4096), (70001, 6)],
+)
+def test_row_sum(shape, dtype, no_worse):
+    rows = torch.randn(shape, device=CUDA).to(dtype)
+    ours, exact = row_sum(rows, dtype), row_sum_reference(rows.double())
+    terms = rows.double().flatten(0, -2).norm(dim=0)
+    no_worse(ours, row_sum_reference(rows), exact, terms)
+    assert torch.equal(ours, row_sum(rows, dtype))
+
+
+def test_a_bias_under_autocast_learns_in_float32():
+    x, weight, bias = (torch.randn(*n, device=CUDA) for n in ((50000, 32), (96, 32), (96,)))
+    dy = torch.randn(50000, 96, device=CUDA).to(BF16)
+    with torch.autocast("cuda", BF16):
+        y = linear(x, weight, bias.requires_grad_())
+    (dbias,) = torch.autograd.grad(y, bias, dy)
+    assert dbias.dtype == torch.float32
+    torch.testing.assert_close(dbias.double(), dy.double().sum(0), rtol=1e-5, atol=1e-3)
 
 
 def test_layer_norm_compiles():
