@@ -339,6 +339,7 @@ ONE_CHUNK, SEVERAL_CHUNKS = (  # of keys; and several slices of queries
     for shape in ("2-3-63-16-16", "1-1-40-40-128")
 )
 UPSAMPLING = "kernels/upsample.py"
+BIAS, BIAS_TEST = "kernels/bias.py", "kernels/test_bias.py::"
 LAYER, LAYER_TEST = "kernels/norm.py", "kernels/test_norm.py::"
 GROUP, GROUP_TEST = "kernels/group_norm.py", "kernels/test_group_norm.py::"
 SPECIFICATION = "kernels/distill.py"
@@ -351,6 +352,30 @@ STATIC = "experiments/test_static.py"
 
 # fmt: off
 KERNELS = [
+    Fault(BIAS, "a bias learns twice",
+          "LearnBias.apply(F.linear(x, weight, bias.detach()), bias, -1)",
+          "LearnBias.apply(F.linear(x, weight, bias), bias, -1)",
+          f"{BIAS_TEST}test_linear_layer[triton]"),
+    Fault(BIAS, "a convolution's bias sums over channels",
+          "F.conv2d(x, weight, bias.detach(), *options), bias, 1)",
+          "F.conv2d(x, weight, bias.detach(), *options), bias, -1)",
+          f"{BIAS_TEST}test_convolution"),
+    Fault(BIAS, "a bias of 32 bits learns in 16",
+          "row_sum(dy.movedim(ctx.dim, -1), ctx.dtype)",
+          "row_sum(dy.movedim(ctx.dim, -1), dy.dtype).to(ctx.dtype)",
+          f"{BIAS_TEST}test_autocast_adds_up_in_32_bits"),
+    Fault(BIAS, "a program's tiles overlap",
+          "(program + t * programs) * ROWS",
+          "(program + t) * ROWS",
+          f"{BIAS_TEST}test_kernel_with_several_tiles_to_a_program"),
+    Fault(BIAS, "what learns nothing has a gradient",
+          "torch.is_grad_enabled() and bias.requires_grad",
+          "torch.is_grad_enabled()",
+          f"{BIAS_TEST}test_what_learns_nothing_is_pytorchs"),
+    Fault("ctclm.py", "scaled convolutions leave their bias to PyTorch",
+          "return conv2d(x, g[:, None, None, None] * conv.weight, g * conv.bias)",
+          "return F.conv2d(x, g[:, None, None, None] * conv.weight, g * conv.bias)",
+          f"{BIAS_TEST}test_every_bias_of_the_model_learns_by_the_kernel"),
     Fault(ATTENTION, "a scale of 0 is taken for none",
           "scale = q.shape[-1] ** -0.5 if scale is None else float(scale)",
           "scale = float(scale or q.shape[-1] ** -0.5)",
@@ -1430,13 +1455,17 @@ EXPERIMENT = [
           "return [*self.model.parameters()]",
           f"{ABLATION_TEST}test_the_mean_is_over_the_last_tenth_of_the_steps"),
     Fault(ABLATION, "maps are of the last weights",
-          "                cell.use_mean()\n                if name in names",
-          "                if name in names",
+          "            cell.use_mean()\n            if name in names",
+          "            if name in names",
           f"{ABLATION_TEST}test_scores_are_of_the_mean_weights_on_each_split"),
     Fault(ABLATION, "the frozen teacher has not learned",
-          'frozen.model.cnn.load_state_dict(cells["cnn"].model.cnn.state_dict())',
+          'cell.model.cnn.load_state_dict(cells["cnn"].model.cnn.state_dict())',
           "pass",
           f"{ABLATION_TEST}test_the_frozen_teacher_is_the_mean_cnn"),
+    Fault(ABLATION, "a setting with more steps goes on alone",
+          "done * end // rounds",
+          "done if done < rounds else end",
+          f"{ABLATION_TEST}test_every_setting_sees_the_same_windows"),
     Fault(ABLATION, "a stopped cell forgets its mean",
           'self.step, self.mean = state["step"], [x.to(self.device) for x in state["mean"]]',
           'self.step = state["step"]',

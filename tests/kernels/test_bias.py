@@ -156,11 +156,11 @@ def test_the_second_derivative_is_pytorchs(device):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_autocast(device):
-    """The product in 16 bits, the bias and its gradient in 32."""
-    x, weight, bias = (torch.randn(*n, device=device) for n in ((6, 20), (5, 20), (5,)))
+def test_autocast_adds_up_in_32_bits(device):
+    """The product in 16 bits; the bias and its gradient, of 300 rows of 1 + 1/128, in 32."""
+    x, weight, bias = (torch.randn(*n, device=device) for n in ((300, 20), (5, 20), (5,)))
     with force("triton"), torch.autocast(device.type, torch.bfloat16):
         y = linear(x, weight, bias.requires_grad_())
     assert y.dtype == torch.bfloat16
-    (dbias,) = torch.autograd.grad(y.sum(), bias)
-    assert dbias.dtype == torch.float32 and (dbias == 6).all()
+    (dbias,) = torch.autograd.grad(y, bias, torch.full_like(y, 1 + 1 / 128))
+    assert dbias.dtype == torch.float32 and (dbias == 300 + 300 / 128).all()
