@@ -102,6 +102,8 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
+    """With a bias, and zeros beyond the margins."""
+
     def forward(self, x: Tensor) -> Tensor:
         options = self.stride, self.padding, self.dilation, self.groups
         return conv2d(x, self.weight, self.bias, *options)

@@ -6,10 +6,11 @@
 
 A cell is one setting (experiments/settings.py) with one seed. All settings of a seed are trained
 side by side: a step of each on the same windows, then the next. Those with more steps take several
-at a time. They start with the same Transformer and see the same windows in the same order. In (13)
-alone the learning rate differs, by a ten-thousandth: what it scores differently is chance. Seeds
-run --jobs at a time. Cells are saved every ten minutes and when they are told to stop, and those in
---results/scores.csv do not run again, so the same command goes on with the table.
+at a time, so that all are finished, and scored, together. They start with the same Transformer and
+see the same windows in the same order. In (13) alone the learning rate differs, by a
+ten-thousandth: what it scores differently is chance. Seeds run --jobs at a time. Cells are saved
+every ten minutes and when they are told to stop, and those in --results/scores.csv do not run
+again, so the same command goes on with the table.
 
 For every setting alike, what is scored is the mean of the weights over the last tenth of the steps,
 on whole scenes of the validation and of the test split. Nothing is selected on either: the last
@@ -21,7 +22,7 @@ import signal
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from multiprocessing import get_context
@@ -180,11 +181,13 @@ def train_side_by_side(cells: list[Cell], windows: Windows) -> None:
     for cell in cells:
         groups.setdefault(cell.config.steps, []).append(cell)
     at = {end: min(cell.step for cell in group) for end, group in groups.items()}
-    batches = {end: prefetch(windows, range(at[end], end), threads) for end in groups}
     rounds = min(groups)
     first = min(step * rounds // end for end, step in at.items())
     begin = saved = shown = time.monotonic()
-    with cli.StopSignal() as stop:
+    with cli.StopSignal() as stop, ExitStack() as opened:
+        batches = {end: prefetch(windows, range(at[end], end), threads) for end in groups}
+        for made in batches.values():
+            opened.enter_context(closing(made))
         for done in range(first + 1, rounds + 1):
             for end, group in groups.items():
                 while at[end] < done * end // rounds:

@@ -242,7 +242,7 @@ def tile_of_parts(parts: int, C: int) -> tuple[int, int]:
 
 
 def split(tiles: int) -> tuple[int, int]:
-    """Programs, less than twice PROGRAMS, and how many tiles each takes: a power of two, so that
+    """Programs, at most twice PROGRAMS, and how many tiles each takes: a power of two, so that
     few different kernels are compiled. From the shapes alone, so that sums are always the same."""
     each = 1 << max(0, (tiles // PROGRAMS).bit_length() - 1)
     return triton.cdiv(tiles, each), each

@@ -357,7 +357,7 @@ KERNELS = [
           "LearnBias.apply(F.linear(x, weight, bias), bias, -1)",
           f"{BIAS_TEST}test_linear_layer[triton]"),
     Fault(BIAS, "a convolution's bias sums over channels",
-          "F.conv2d(x, weight, bias.detach(), *options), bias, 1)",
+          "F.conv2d(x, weight, bias.detach(), *options), bias, -3)",
           "F.conv2d(x, weight, bias.detach(), *options), bias, -1)",
           f"{BIAS_TEST}test_convolution"),
     Fault(BIAS, "a bias of 32 bits learns in 16",

@@ -61,6 +61,17 @@ def test_convolution(path, layout, device):
     assert (found[0].stride()[1] == 1) == (layout == torch.channels_last)
 
 
+def test_a_map_without_a_batch(device):
+    """(C, H, W) with H = C: its channels are not its second dimension."""
+    x, weight, bias, dy = (
+        torch.randn(*n, device=device) for n in ((4, 5, 5), (5, 4, 1, 1), (5,), (5, 5, 5))
+    )
+    with force("triton"):
+        found = gradients(conv2d, x, weight, bias, dy)
+    for a, b in zip(found, gradients(F.conv2d, x, weight, bias, dy), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_every_bias_of_the_model_learns_by_the_kernel(device, monkeypatch):
     """None is left to PyTorch's sum, and none learns twice."""
     seen = []
