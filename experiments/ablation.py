@@ -185,9 +185,10 @@ def train_side_by_side(cells: list[Cell], windows: Windows) -> None:
     first = min(step * rounds // end for end, step in at.items())
     begin = saved = shown = time.monotonic()
     with cli.StopSignal() as stop, ExitStack() as opened:
-        batches = {end: prefetch(windows, range(at[end], end), threads) for end in groups}
-        for made in batches.values():
-            opened.enter_context(closing(made))
+        batches = {
+            end: opened.enter_context(closing(prefetch(windows, range(at[end], end), threads)))
+            for end in groups
+        }
         for done in range(first + 1, rounds + 1):
             for end, group in groups.items():
                 while at[end] < done * end // rounds:
@@ -230,7 +231,7 @@ def run_seed(task: tuple) -> int:
         cells[name] = Cell(name, options_of(config, name, seed, ratio), train_set)
         cells[name].restore()
     windows = train.make_windows(next(iter(cells.values())).config, train_set.scenes)
-    frozen = {name: cells.pop(name) for name in ["frozen"] if name in cells}
+    frozen = cells.pop("frozen", None)
 
     def train_all(cells: dict[str, Cell]) -> None:
         train_side_by_side([*cells.values()], windows)
@@ -243,10 +244,10 @@ def run_seed(task: tuple) -> int:
     if "ensemble" in names:
         both = Ensemble(cells["transformer"].model.transformer, cells["cnn"].model.cnn)
         write_maps({"transformer": both}, splits, maps_of(config, "ensemble", seed))
-    for cell in frozen.values():
-        if cell.step == 0:
-            cell.model.cnn.load_state_dict(cells["cnn"].model.cnn.state_dict())
-    train_all(frozen)
+    if frozen:
+        if frozen.step == 0:
+            frozen.model.cnn.load_state_dict(cells["cnn"].model.cnn.state_dict())
+        train_all({"frozen": frozen})
     return seed
 
 

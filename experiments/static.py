@@ -234,7 +234,7 @@ def group_norm_builds() -> list[Build]:
 def bias_builds() -> list[Build]:
     found, types = [], {"rows_ptr": "*bf16", "parts_ptr": "*fp32"}
     for C in (32, 160, 1024):
-        tile = bias.tile_of(C)
+        tile = tile_of(C, bias.NUMBERS)
         constants = {"C": C, "ROWS": tile.rows, "WIDTH": tile.width, "TILES": 8}
         name = f"bias bf16 C={C}"
         found.append(Build(name, bias.row_sum_kernel, types, constants, tile.warps, 3))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.choose import jit, on_device_of, tl, triton, use_triton
-from kernels.norm import Tile, load_rows, split, sum_parts
+from kernels.norm import load_rows, split, sum_parts, tile_of
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -55,13 +55,8 @@ def row_sum_reference(rows: Tensor) -> Tensor:
 
 # --- The kernel ----------------------------------------------------------------------------------
 
-LARGEST_ROW = 4096  # channels: more numbers than a program holds
-
-
-def tile_of(C: int) -> Tile:
-    """32 numbers a thread: in 16 bits, four reads of 16 bytes under way."""
-    width = max(16, triton.next_power_of_2(C))
-    return Tile(4096 // width, width, 4)
+NUMBERS = 4096  # of a tile, 32 a thread: in 16 bits, four reads of 16 bytes under way
+LARGEST_ROW = NUMBERS  # channels
 
 
 @jit
@@ -90,7 +85,7 @@ def row_sum(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """(..., C) -> (C,) of that dtype, added up in float32 and in an order that the shape fixes."""
     rows = rows.contiguous()
     C = rows.shape[-1]
-    count, tile = rows.numel() // C, tile_of(C)
+    count, tile = rows.numel() // C, tile_of(C, NUMBERS)
     programs, tiles = split(triton.cdiv(count, tile.rows))
     parts = rows.new_empty(1, programs, C, dtype=torch.float32)
     total = rows.new_empty(C, dtype=dtype)

@@ -72,10 +72,11 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile_of(C: int) -> Tile:
-    """16 numbers a thread: four reads of 16 bytes under way in float32, and no register spills."""
+def tile_of(C: int, numbers: int = 2048) -> Tile:
+    """Rows of `numbers` numbers in all. 2048 are 16 a thread: four reads of 16 bytes under way in
+    float32, and no register spills."""
     width = max(16, triton.next_power_of_2(C))
-    return Tile(max(1, 2048 // width), width, 4)
+    return Tile(max(1, numbers // width), width, 4)
 
 
 @jit

@@ -1459,7 +1459,7 @@ EXPERIMENT = [
           "            if name in names",
           f"{ABLATION_TEST}test_scores_are_of_the_mean_weights_on_each_split"),
     Fault(ABLATION, "the frozen teacher has not learned",
-          'cell.model.cnn.load_state_dict(cells["cnn"].model.cnn.state_dict())',
+          'frozen.model.cnn.load_state_dict(cells["cnn"].model.cnn.state_dict())',
           "pass",
           f"{ABLATION_TEST}test_the_frozen_teacher_is_the_mean_cnn"),
     Fault(ABLATION, "a setting with more steps goes on alone",

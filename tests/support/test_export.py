@@ -143,5 +143,6 @@ def test_hugging_faces_program_reads_our_file(tmp_path):
     with torch.no_grad():
         expected = model(images)
         found = theirs(pixel_values=model.normalise(images)).logits
-    # Of the largest logit, some 30 here: theirs adds 1e-5 to a variance where ours adds 1e-6.
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    # Of the largest logit, 59 here: float32's rounding through the layers, 5e-6 where it was made,
+    # and theirs adds 1e-5 to a variance where ours adds 1e-6.
+    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
