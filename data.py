@@ -41,6 +41,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from support import audit, classes, cli, toy
@@ -205,7 +207,7 @@ class Windows:
         """
         windows = map(self.window, [step] * self.batch_size, range(self.batch_size))
         images, labels = zip(*windows, strict=True)
-        return np.stack(images).transpose(0, 3, 1, 2), np.stack(labels)
+        return np.stack([image.transpose(2, 0, 1) for image in images]), np.stack(labels)
 
     def window(self, step: int, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Window k of `step`: image (crop, crop, C) uint8, label (crop, crop) uint8."""
@@ -313,14 +315,13 @@ def window_start(length: int, side: int, rng, point: int | None = None) -> int:
 def resize(image: np.ndarray, label: np.ndarray, crop: int) -> tuple[np.ndarray, np.ndarray]:
     """Both to (crop, crop): the image bilinearly, the label by nearest neighbour."""
     if label.shape != (crop, crop):
-        size, bilinear = (crop, crop), Image.Resampling.BILINEAR
-        if image.shape[2] == 3:
-            image = Image.fromarray(image).resize(size, bilinear)
-        else:  # one band at a time: Pillow would take four for a colour and its transparency
-            bands = (Image.fromarray(np.ascontiguousarray(b)) for b in np.moveaxis(image, 2, 0))
-            image = np.stack([band.resize(size, bilinear) for band in bands], axis=-1)
-        label = Image.fromarray(label).resize(size, Image.Resampling.NEAREST)
-    return np.asarray(image), np.asarray(label)
+        size = (crop, crop)
+        # Pillow's takes 2.5 times as long, and four bands for a colour and its transparency.
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+        image = pixels[0].permute(1, 2, 0).numpy()
+        label = np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
+    return image, label
 
 
 def flip_and_rotate(image, label, quarter_turns: int, flip: int) -> tuple[np.ndarray, np.ndarray]:
@@ -341,14 +342,15 @@ def photometric_jitter(image: np.ndarray, rng) -> np.ndarray:
     exposure = rng.uniform(0.9, 1.1) * rng.uniform(0.98, 1.02, bands)
     table = ((np.arange(256)[:, None] - mean) * contrast + mean) * exposure  # (256, C)
     table = table.clip(0, 255).astype(np.uint8)
-    return np.stack([table[image[..., band], band] for band in range(bands)], axis=-1)
+    jittered = [table[:, band].take(image[..., band]) for band in range(bands)]
+    return np.stack(jittered).transpose(1, 2, 0)
 
 
 def prefetch(windows: Windows, steps: range, threads: int = 1):
     """Yield (step, images, labels, seconds waited) while the next batch is being made.
 
-    `threads` threads make the windows of a batch. Most of a window's time is spent in Pillow and
-    numpy, which release the interpreter's lock.
+    `threads` threads make the windows of a batch. Most of a window's time is spent in PyTorch
+    and numpy, which release the interpreter's lock.
     """
     with ThreadPoolExecutor(1, "batch") as ahead, ThreadPoolExecutor(threads, "window") as pool:
         upcoming = ahead.submit(windows.batch, steps.start, pool.map) if steps else None

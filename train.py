@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -319,6 +320,7 @@ class Run:
         if state:  # else it was stopped before it was saved for the first time
             resume.put_back(self, state)
 
+    @cached_property
     def cost(self) -> dict:
         """Parameters and multiply-adds of what is trained and of what is deployed."""
         shape = (self.windows.scenes[0].image.shape[2], self.config.crop, self.config.crop)
@@ -337,10 +339,10 @@ class Run:
     def finish(self) -> None:
         """metrics.json."""
         best, cnn = {k: v for k, v in self.best.items() if k != "cnn"}, self.best.get("cnn")
-        entry = {"validation": best, "cnn_validation": cnn, "cost": self.cost()}
-        seconds, about = round(self.seconds, 1), machine.describe(self.device)
-        entry |= {"training_seconds": seconds, "machine": about}
-        entry |= {"peak_memory_bytes": memory.peak_bytes(self.device)}
+        entry = {"validation": best, "cnn_validation": cnn, "cost": self.cost}
+        entry |= {"training_seconds": round(self.seconds, 1)}
+        about, peak = machine.describe(self.device), memory.peak_bytes(self.device)
+        entry |= {"machine": about, "peak_memory_bytes": peak}
         if self.ranks.is_first:
             checkpoint.save_json(entry, self.config.out / "metrics.json")
 
@@ -353,7 +355,8 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Run:
     goes_on = config.resume and ranks.from_first(lambda: checkpoint.was_saved(config.out))
     starts = config.pretrained and not goes_on  # a run that goes on has weights of its own
     weights = starts and pretrained.read(config.pretrained).of(config.variant, VARIANTS)
-    share = ranks.share_of_batch(config.batch)  # or a UsageError, before anything is made
+    machine.pick_device(config.device)  # or a UsageError, before anything is read or made
+    share = ranks.share_of_batch(config.batch)
     memory.require_equal_parts(share, config.accumulate)
     ranks.from_first(lambda: checkpoint.prepare_folder(config.out, config.resume))
     train_set, val_set = load_data(config)
@@ -427,10 +430,9 @@ def main(arguments: list[str]) -> None:
     config = ranks.from_first(lambda: resume.parse(Config, arguments, __doc__.partition("\n")[0]))
     run = prepare(config, ranks)
     classes, windows, out = run.val_set.classes, run.windows, config.out
-    if rare := [classes.names[pixels.k] for pixels in windows.rare_classes]:
-        share = f"{windows.rare_class_fraction:.0%}"
-        print(f"{share} of windows are drawn around rare classes: {', '.join(rare)}")
-    print(diagnostics.cost_lines(run.cost(), config.crop))
+    if rare := ", ".join(classes.names[pixels.k] for pixels in windows.rare_classes):
+        print(f"{windows.rare_class_fraction:.0%} of windows are drawn around rare classes: {rare}")
+    print(f"{diagnostics.cost_lines(run.cost, config.crop)}\non {machine.name_of(run.device)}")
     ranks.from_first(lambda: checkpoint.save_json(resume.options(config), out / "config.json"))
     try:
         run.fit()
@@ -439,9 +441,8 @@ def main(arguments: list[str]) -> None:
     except RuntimeError as error:
         raise memory.explained(error, run) from None
     run.finish()
-    step = run.best["step"]
-    print(f"\nthe Transformer was best at step {step}; on validation it scores, in %:\n")
-    print(table(run.best, classes))
+    step, scores = run.best["step"], table(run.best, classes)
+    print(f"\nthe Transformer was best at step {step}; on validation it scores, in %:\n\n{scores}")
     print(f"\n{out}: {', '.join(sorted(path.name for path in out.glob('*')))}")
 
 

@@ -41,10 +41,16 @@ def keep_freed_memory() -> None:
     libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def name_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
 def describe(device: torch.device) -> dict:
     """Hardware and versions, as plain types, for every file of results."""
     found = {
-        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "device": name_of(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -53,7 +59,6 @@ def describe(device: torch.device) -> dict:
         "pillow": pillow_version,
     }
     if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
         found |= {"cuda": torch.version.cuda, "driver": ask_gpu("driver_version")}
     return found
 

@@ -140,8 +140,9 @@ def test_interrupted_program_saves_first(small, number):
         text=True,
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
     )
-    while not process.stdout.readline().startswith("deployed:"):
+    while not (line := process.stdout.readline()).startswith("on "):  # where it trains
         assert process.poll() is None, process.stderr.read()
+    assert " CPU, " in line
     time.sleep(0.5)  # into the first steps
     process.send_signal(number)
     out, error = process.communicate(timeout=60)
@@ -278,7 +279,7 @@ def test_weight_decay_is_for_matrices_only(small):
 
 def test_costs_of_what_is_trained_and_deployed(small):
     run_ = train.prepare(small())
-    cost = run_.cost()
+    cost = run_.cost
     parts = {name: list(part.parameters()) for name, part in run_.model.branches.items()}
     parts["projectors"] = list(run_.model.projectors.parameters())
     sizes = {name: sum(p.numel() for p in parameters) for name, parameters in parts.items()}
@@ -421,6 +422,14 @@ def test_weights_of_another_variant_are_refused(small, tmp_path, program):
     options = ("--pretrained", tmp_path / "b0.safetensors", "--out", tmp_path / "run")
     code, error = program(train.main, ERRORS, *options)
     assert code == 2 and "b0.safetensors: is of variant b0; take --variant b0" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_gpu_cuda_is_refused_before_anything_is_read(tmp_path, program, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train, "load_data", None)
+    code, error = program(train.main, ERRORS, "--device", "cuda", "--out", tmp_path / "run")
+    assert code == 2 and "--device cuda: this machine or this PyTorch has no CUDA GPU" in error
     assert not (tmp_path / "run").exists()
 
 
