@@ -23,7 +23,7 @@ demo: $(VENV)/ready
 	@echo
 	@echo "Look at samples.png, curves.png and story.png (who taught whom) in $(DEMO). Next, on your own pictures:"
 	@echo "  $(PY) infer.py $(DEMO)/best.pt YOUR.tif --out $(DEMO)/maps"
-	@echo "  $(PY) train.py --data folder --root YOUR_DATA --out runs/mine"
+	@echo "  $(PY) train.py --data folder --root YOUR_DATA --steps 4000 --out runs/mine"
 
 # Two halves side by side, a thread each; the report of the second follows that of the first.
 HALF := tests/kernels tests/experiments tests/test_notebooks.py

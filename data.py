@@ -368,7 +368,7 @@ def prefetch(windows: Windows, steps: range, threads: int = 1):
 
 @dataclass
 class Config:
-    command: Literal["audit", "classes", "toy"] = cli.option(None, "what to do", positional=True)
+    command: Literal["audit", "classes", "toy"] = cli.option(None, "audit, classes or toy", positional=True)
     data: tuple[str, ...] = cli.option(
         (), "audit: the data set; classes: the folder of masks", positional=True
     )

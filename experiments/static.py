@@ -359,16 +359,21 @@ def read(path: Path) -> tuple[str, list[Compiled]]:
 
 
 def table(found: list[Compiled]) -> str:
-    lines = [
-        "| kernel | sm | warps | registers | spilled | shared memory, KiB | matrix instructions |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for c in found:
-        lines.append(
-            f"| {c.build} | {c.arch} | {c.warps} | {c.registers} | {c.spilled} | "
-            f"{c.shared / 1024:.1f} | {c.matrix} |"
-        )
-    return "\n".join(lines)
+    """A row a build, with a number for each generation; "-" where it is not compiled. Products
+    that have no instruction of their own generation are counted as mma.sync."""
+    columns = ("kernel", "warps", "registers, sm 80 / 90 / 100", "spilled bytes")
+    columns += ("shared memory, KiB", "matrix instructions")
+    rows = [columns, ["---"] * len(columns)]
+    for build in dict.fromkeys(c.build for c in found):
+        of = {c.arch: c for c in found if c.build == build}
+
+        def each(value, of=of) -> str:
+            return " / ".join(str(value(of[arch])) if arch in of else "-" for arch in SHARED_MEMORY)
+
+        row = [build, each(lambda c: c.warps), each(lambda c: c.registers)]
+        row += [each(lambda c: c.spilled), each(lambda c: f"{c.shared / 1024:.1f}")]
+        rows.append(row + [each(lambda c: c.matrix or c.older_matrix)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> None:

@@ -75,6 +75,13 @@ def test_products_reach_the_matrix_units(committed):
     assert [c for c in wanted if c.older_matrix == 0] == []
 
 
+def test_the_table_of_the_readme_is_that_of_the_builds(committed):
+    readme = (static.COMMITTED.parent.parent / "kernels" / "README.md").read_text()
+    head, *rows = static.table(committed[1]).splitlines()
+    shown = readme.partition(head)[2].strip().partition("\n\n")[0].splitlines()
+    assert len(shown) >= 20 and [row for row in shown if row not in rows] == []
+
+
 def test_a_sample_has_every_kernel_and_generation():
     pytest.importorskip("triton", reason="Triton is not installed")
     chosen = static.sample()
@@ -158,4 +165,7 @@ def test_only_what_changed_is_compiled_again(committed, monkeypatch):
 
 def test_table_names_what_it_shows():
     row = static.Compiled("loss forward K=7 T=1", 90, 72, 0, 512, 4, 0, 0, "")
-    assert "| loss forward K=7 T=1 | 90 | 4 | 72 | 0 | 0.5 | 0 |" in static.table([row])
+    assert (
+        "| loss forward K=7 T=1 | - / 4 / - | - / 72 / - | - / 0 / - | - / 0.5 / - | - / 0 / - |"
+        in static.table([row])
+    )
