@@ -368,7 +368,9 @@ def prefetch(windows: Windows, steps: range, threads: int = 1):
 
 @dataclass
 class Config:
-    command: Literal["audit", "classes", "toy"] = cli.option(None, "audit, classes or toy", positional=True)
+    command: Literal["audit", "classes", "toy"] = cli.option(
+        None, "audit, classes or toy", positional=True
+    )
     data: tuple[str, ...] = cli.option(
         (), "audit: the data set; classes: the folder of masks", positional=True
     )
