@@ -163,7 +163,7 @@ class Run:
         AdamW skips an update with a gradient that is not finite: nothing is read back from a GPU.
         """
         with self.autocast:
-            output, losses = self.forward(images.float(), labels, ramp)
+            output, losses = self.forward(images, labels, ramp)
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         self.ranks.average(p.grad for p in self.model.parameters() if p.grad is not None)
@@ -176,7 +176,7 @@ class Run:
         return output, torch.stack(losses).detach(), norms
 
     def loss(self, images, labels, ramp) -> tuple[Output, Losses]:
-        output = self.model(images)
+        output = self.model(images.float(memory_format=torch.channels_last))
         return output, self.model.objective(output, labels, ramp)
 
     def parts(self) -> dict[str, nn.Module]:
