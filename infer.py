@@ -313,13 +313,18 @@ def main(arguments: list[str]) -> None:
     model.forward = replayed_on(device, model.forward)
     options = {"window": config.window, "overlap": config.overlap, "device": device}
     options |= {"batch": BatchSize.of(config.batch, device)}
-    if config.images:
-        write_maps(model, config, options | {"tta": config.tta}, ranks)
-    elif config.submission:
-        cli.require(ranks.count == 1, "--submission is one process's work: run it without torchrun")
-        submit(model, config, options | {"tta": config.tta})
-    else:
-        score(model, config, options, ranks)
+    try:
+        if config.images:
+            write_maps(model, config, options | {"tta": config.tta}, ranks)
+        elif config.submission:
+            alone = "--submission is one process's work: run it without torchrun"
+            cli.require(ranks.count == 1, alone)
+            submit(model, config, options | {"tta": config.tta})
+        else:
+            score(model, config, options, ranks)
+    except torch.OutOfMemoryError:  # not of a batch, which is halved: a scene's rows
+        smaller = "take a smaller --window, or --device cpu"
+        raise cli.UsageError(f"the GPU's memory does not hold a scene's rows; {smaller}") from None
 
 
 # --- Maps ---------------------------------------------------------------------------------------

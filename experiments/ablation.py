@@ -38,6 +38,7 @@ from ctclm import ModelConfig
 from data import DATA_SETS, Dataset, Scene, Windows, load, prefetch
 from experiments.settings import SETTINGS, Ensemble
 from experiments.table import T_QUANTILES, difference_rows, markdown, read_scores, write_scores
+from experiments.timing import release
 from infer import predict_classes
 from support import checkpoint, cli, machine, metrics, pictures
 from support.gradients import DivergedError
@@ -153,6 +154,8 @@ class Cell(train.Run):
         cli.require_same(self.config.saved(), state["config"], f"{self.path}: was made", "go on")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["capturable"] = self.device.type == "cuda"  # now, not where it was saved
         self.step, self.mean = state["step"], [x.to(self.device) for x in state["mean"]]
 
 
@@ -368,6 +371,8 @@ def step_times(config: Config, dataset: Dataset) -> dict[str, float]:
             cell.train_step(*batch)
             cell.check_gradients()  # waits for a GPU
             times[cell.name].append(1000 * (time.perf_counter() - begin))
+    del cell, cells
+    release()  # or their memory is this process's while its seeds are trained
     return {name: round(statistics.median(ms[4:]), 2) for name, ms in sorted(times.items())}
 
 

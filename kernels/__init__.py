@@ -9,7 +9,7 @@ rule. `force("pytorch")` and `force("triton")` override it. `python -m experimen
 
 from kernels.attention import attention
 from kernels.bias import conv2d, linear
-from kernels.choose import force
+from kernels.choose import force, has_kernels
 from kernels.distill import CollaborativeLoss, collaborative_loss, gate
 from kernels.group_norm import group_norm
 from kernels.multiscale import multiscale_convolution
@@ -24,6 +24,7 @@ __all__ = [
     "force",
     "gate",
     "group_norm",
+    "has_kernels",
     "layer_norm",
     "linear",
     "multiscale_convolution",

@@ -1,6 +1,6 @@
 """Which implementation runs. The model never asks: the public functions of this package do.
 
-    CUDA tensors                          the Triton kernels
+    CUDA tensors (A100 and later)         the Triton kernels
     CPU tensors with TRITON_INTERPRET=1   the Triton kernels, in Triton's interpreter (for tests)
     everything else                       PyTorch
 
@@ -25,6 +25,7 @@ except ImportError:  # there is no Triton for macOS and Windows
 # Triton reads the variable when a kernel is defined; later changes have no effect.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 _forced: str | None = None
+OLDEST = 8, 0  # compute capability: a program has too little shared memory before, and no bf16
 
 
 def jit(function):
@@ -32,10 +33,16 @@ def jit(function):
     return triton.jit(function) if triton else function
 
 
+@torch.compiler.assume_constant_result
+def has_kernels(device: torch.device) -> bool:
+    """Whether it is a GPU, and one that the kernels were made for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST
+
+
 def use_triton(x: Tensor, fits: bool = True, faster: bool = True) -> bool:
     """Whether an operation on x runs as a Triton kernel. `fits`: there is one for these shapes;
     `faster`: than PyTorch, there. Only `force` makes a slower one run."""
-    possible = fits and triton is not None and (x.is_cuda or INTERPRETED)
+    possible = fits and triton is not None and (INTERPRETED or has_kernels(x.device))
     if _forced == "triton" and not possible:
         raise ValueError(
             f'force("triton"): no kernel can run on {x.dtype} of shape {tuple(x.shape)}, {x.device}'

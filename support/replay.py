@@ -9,13 +9,27 @@ A training step is more than a thousand small kernels, and launching one costs t
 than many of them cost the GPU. A CUDA graph records them once and launches all of them together.
 """
 
+import gc
 import sys
 from collections import OrderedDict
+from contextlib import contextmanager
 
 import torch
 
 EAGER_CALLS = 3  # before the capture: kernels are compiled, and what is made lazily is made
 SHAPES = 2  # that have a graph at a time, with its memory: full batches, and the last of a scene
+
+
+@contextmanager
+def without_collection():
+    """A capture ends in an error when Python's collector drops another graph meanwhile."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Replayed:
@@ -56,6 +70,7 @@ class Replayed:
         torch.cuda.current_stream().wait_stream(self.stream)
         return outputs
 
+    @without_collection()
     def capture(self, inputs) -> None:
         self.inputs = [x.to("cuda", copy=True) for x in inputs]
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()

@@ -7,6 +7,7 @@ import os
 import struct
 import sys
 import zlib
+from contextlib import nullcontext
 from functools import cache
 from itertools import chain
 
@@ -49,6 +50,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and triton:
 # torch.empty is filled with NaN, so an output that nobody wrote shows.
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
+torch.backends.cudnn.allow_tf32 = False  # float32 convolutions are held to float64's on a GPU too
 
 
 @pytest.fixture(autouse=True)
@@ -57,10 +59,20 @@ def seeded():
 
 
 @pytest.fixture(autouse=True)
-def without_triton():
-    """The interpreter is slow: a test that wants the kernels says so by `force("triton")`."""
-    with kernels.force("pytorch"):
+def without_triton(request):
+    """The interpreter is slow: a test that wants the kernels says so by `force("triton")`. On a GPU
+    the rule holds that users have."""
+    on_gpu = request.node.get_closest_marker("gpu")
+    with nullcontext() if on_gpu else kernels.force("pytorch"):
         yield
+
+
+@pytest.fixture
+def any_algorithm():
+    """As in the programs: they do not ask PyTorch for the deterministic versions of operations."""
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(True)
 
 
 @pytest.fixture(scope="session")

@@ -820,6 +820,15 @@ def test_one_window_that_does_not_fit_ends_in_a_sentence():
         predict_classes(Narrow(0), random_image(64, 64), window=64, batch=4)
 
 
+def test_rows_that_do_not_fit_end_in_a_sentence(tmp_path, program, best, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(infer, "write_maps", full)
+    code, error = program(infer.main, ERRORS, best, tmp_path / "a.png", *SMALL)
+    assert code == 2 and "does not hold a scene's rows; take a smaller --window" in error
+
+
 def test_logits_that_are_not_finite_are_no_map(tmp_path, program, best, monkeypatch):
     """What half precision makes of weights that are too large for it."""
     Image.fromarray(random_image(40, 40)).save(tmp_path / "a.png")

@@ -9,13 +9,9 @@ from support.checkpoint import read
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("any_algorithm"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def without_triton():
-    """Replaces conftest's: here the rule of kernels/choose.py holds."""
 
 
 @pytest.fixture

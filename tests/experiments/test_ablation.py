@@ -146,6 +146,17 @@ def test_the_frozen_teacher_is_the_mean_cnn(small):
     assert not ablation.maps_of(config, "cnn", 0).exists()  # it was not asked for
 
 
+def test_a_cell_may_go_on_elsewhere(cell):
+    """Saved where a step is captured as a graph, restored where none is."""
+    one, train_set = cell("transformer", steps=20)
+    for group in one.optimizer.param_groups:
+        group["capturable"] = True
+    one.save()
+    again, _ = cell("transformer", steps=20)
+    again.restore()
+    assert not any(group["capturable"] for group in again.optimizer.param_groups)
+
+
 def test_the_mean_is_over_the_last_tenth_of_the_steps(cell):
     """Of 20 steps the last two; a batch norm's statistics too."""
     one, train_set = cell("full", steps=20)
@@ -161,6 +172,7 @@ def test_the_mean_is_over_the_last_tenth_of_the_steps(cell):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("any_algorithm")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 @pytest.mark.parametrize("variant, crop", [("tiny", 128), ("b0", 256)])
 def test_cells_beside_each_other_have_the_bits_of_one_alone(small, variant, crop):

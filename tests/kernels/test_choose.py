@@ -1,5 +1,7 @@
 """kernels/choose.py: one rule for what runs, and one way to override it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -22,6 +24,24 @@ def test_the_rule(x, monkeypatch, device):
         assert choose.use_triton(x, faster=False)
     monkeypatch.setattr(choose, "triton", None)
     assert not choose.use_triton(x)
+
+
+@pytest.mark.parametrize("capability, wanted", [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_older_gpus_have_pytorchs(monkeypatch, capability, wanted):
+    """A T4 has 64 KiB of shared memory for a program, and no bf16."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(choose, "_forced", None)
+    monkeypatch.setattr(choose, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    on_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    assert choose.use_triton(on_gpu) == wanted
+
+
+def test_the_rule_is_no_break_in_a_compiled_graph(monkeypatch):
+    monkeypatch.setattr(choose, "_forced", None)
+    monkeypatch.setattr(choose, "INTERPRETED", False)
+    shifted = torch.compile(lambda x: x + choose.use_triton(x), backend="eager", fullgraph=True)
+    assert shifted(torch.ones(1)) == 1
 
 
 def test_force_nests_and_ends(x, monkeypatch):

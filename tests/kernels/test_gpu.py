@@ -28,11 +28,6 @@ pytestmark = [
 BF16, CUDA = torch.bfloat16, torch.device("cuda")
 
 
-@pytest.fixture(autouse=True)
-def without_triton():
-    """Replaces conftest's: here the rule of kernels/choose.py holds."""
-
-
 def assert_no_worse(ours, reference, inputs, no_worse):
     """Also: twice the same bits."""
     results = outputs_and_gradients(ours, inputs)

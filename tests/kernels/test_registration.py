@@ -86,6 +86,7 @@ sum(Step()(images[i], labels[i]) / 2 for i in range(2)).backward()
 wanted = gradients()  # averaged in another order: rounded as the largest elements are
 torch.testing.assert_close(averaged, wanted, rtol=1e-4, atol=1e-6 * wanted.abs().max().item())
 print("equal", flush=True)
+dist.barrier()  # nobody leaves while the other still reads
 dist.destroy_process_group()
 sys.exit(child and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
