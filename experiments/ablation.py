@@ -40,7 +40,7 @@ from experiments.settings import SETTINGS, Ensemble
 from experiments.table import T_QUANTILES, difference_rows, markdown, read_scores, write_scores
 from experiments.timing import release
 from infer import predict_classes
-from support import checkpoint, cli, machine, metrics, pictures
+from support import checkpoint, cli, machine, metrics, pictures, resume
 from support.gradients import DivergedError
 from support.layouts import IGNORE
 from support.progress import duration
@@ -152,11 +152,8 @@ class Cell(train.Run):
             return
         state = checkpoint.read(self.path, "ctclm-cell")
         cli.require_same(self.config.saved(), state["config"], f"{self.path}: was made", "go on")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["capturable"] = self.device.type == "cuda"  # now, not where it was saved
-        self.step, self.mean = state["step"], [x.to(self.device) for x in state["mean"]]
+        resume.put_back_learned(self, state)
+        self.mean = [x.to(self.device) for x in state["mean"]]
 
 
 # --- All cells of one seed ------------------------------------------------------------------------

@@ -42,6 +42,7 @@ def keep_freed_memory() -> None:
 
 
 def name_of(device: torch.device) -> str:
+    """The GPU's name, or the kind of CPU and its cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {os.cpu_count()} cores"

@@ -77,13 +77,19 @@ def put_back(run, state: dict) -> None:
     """A new run becomes the one whose `state_of` was saved. UsageError if it is another."""
     require_same_run(state, run.config, run.ranks.count)
     require_same_data(state["data"], data_of(run), run.config.out)
+    put_back_learned(run, state)
+    run.log, run.best = state["log"], state["best"]
+    run.history = [losses.to(run.device) for losses in state["history"]]
+    run.seconds = state["seconds"]
+
+
+def put_back_learned(run, state: dict) -> None:
+    """The weights, the optimiser and the step, on whatever device the run is now."""
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     for group in run.optimizer.param_groups:
         group["capturable"] = run.device.type == "cuda"  # now, not where it was saved
-    run.step, run.log, run.best = state["step"], state["log"], state["best"]
-    run.history = [losses.to(run.device) for losses in state["history"]]
-    run.seconds = state["seconds"]
+    run.step = state["step"]
 
 
 def require_same_run(state: dict, config, ranks: int) -> None:

@@ -211,7 +211,11 @@ def test_each_band_is_resized_by_itself_as_by_pillow(side):
     image.setflags(write=False)  # as scenes read from a memory map
     small, label = resize(image, image[..., 0], 24)
     assert small.shape == (24, 24, 4) and small.dtype == np.uint8 and label.shape == (24, 24)
+    assert np.array_equal(small[..., :3], resize(image[..., :3], image[..., 0], 24)[0])
     for band in range(4):
+        assert np.array_equal(
+            small[..., [band] * 3], resize(image[..., [band] * 3], image[..., 0], 24)[0]
+        )
         wanted = Image.fromarray(image[..., band]).resize((24, 24), Image.Resampling.BILINEAR)
         assert np.abs(small[..., band].astype(int) - np.asarray(wanted)).max() <= 1
 
