@@ -37,7 +37,7 @@ import train
 from ctclm import ModelConfig
 from data import DATA_SETS, Dataset, Scene, Windows, load, prefetch
 from experiments.settings import SETTINGS, Ensemble
-from experiments.table import T_QUANTILES, difference_rows, markdown, read_scores, write_scores
+from experiments.table import T_QUANTILES, draw_differences, markdown, read_scores, write_scores
 from experiments.timing import release
 from infer import predict_classes
 from support import checkpoint, cli, machine, metrics, pictures, resume
@@ -336,12 +336,14 @@ def crop_places(scene: Scene) -> tuple[slice, slice]:
 
 
 def draw_crops(config: Config, split: str, dataset: Dataset, seed: int):
-    """Image, truth and every setting's map; None while no cell of that seed is there."""
+    """Image, truth and every setting's map, the Transformer's where it has one; None while no cell
+    of that seed is there."""
     columns, places = {}, [(scene, crop_places(scene)) for scene in dataset.scenes[:CROPS]]
     for name, setting in SETTINGS.items():
         if (path := maps_of(config, name, seed)).exists():
             with np.load(path) as maps:
-                shown = [maps[f"transformer/{split}/{i}"][at] for i, (_, at) in enumerate(places)]
+                branch = "transformer" if f"transformer/{split}/0" in maps else "cnn"
+                shown = [maps[f"{branch}/{split}/{i}"][at] for i, (_, at) in enumerate(places)]
             columns[f"({setting.number}) {name}"] = shown
     if not columns:
         return None
@@ -394,9 +396,8 @@ def report(config: Config, rows: list[dict], options: dict) -> None:
         return
     write_scores(rows, config.results / "scores.csv")
     (config.results / "table.md").write_text(markdown(rows, config.seeds, options))
-    if found := difference_rows(rows):
-        title = "The Transformer's mIoU minus that of the Transformer alone, points"
-        pictures.forest(found, title).save(config.results / "differences.png")
+    if sheet := draw_differences(rows):
+        sheet.save(config.results / "differences.png")
 
 
 def run_cells(config: Config, rows: list[dict], options: dict, splits) -> list[dict]:

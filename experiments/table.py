@@ -2,7 +2,7 @@
 
     rows = read_scores(path)            # a dict a score: setting, seed, branch, split, score, class
     print(markdown(rows, seeds=5, options=options))
-    forest = pictures.forest(difference_rows(rows), title)
+    draw_differences(rows).save("differences.png")
 
 A difference is paired: both settings have the same seed, so the same windows and the same initial
 Transformer. Intervals are Student's t at 95 %. Scores are in per cent.
@@ -12,11 +12,15 @@ import csv
 import statistics
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from experiments.settings import SETTINGS
 from support import pictures
 from support.checkpoint import save_csv
 
 COMPARED = ("transformer", "equal-time", "penalised", "frozen", "twin")  # each minus each of these
+ENDPOINTS = ("miou", "boundary_f1")
 SCORES = {"miou": "mIoU", "boundary_f1": "boundary F1", "mf1": "mF1", "oa": "OA"}
 COLUMNS = ("setting", "seed", "branch", "split", "score", "class", "value")
 # 0.975 quantiles of Student's t with 1, 2, ... degrees of freedom
@@ -43,7 +47,10 @@ def write_scores(rows: list[dict], path: Path) -> None:
 
 def reported(rows: list[dict]) -> list[dict]:
     """Those of the test split, or of val where there is no test split."""
-    split = "test" if any(row["split"] == "test" for row in rows) else "val"
+    return of_split(rows, "test") or of_split(rows, "val")
+
+
+def of_split(rows: list[dict], split: str) -> list[dict]:
     return [row for row in rows if row["split"] == split]
 
 
@@ -95,12 +102,16 @@ def spread(values: list[float]) -> str:
 
 
 def markdown(rows: list[dict], seeds: int, options: dict) -> str:
-    """Scores; paired differences of both endpoints; the classes in which full differs."""
-    rows = reported(rows)
-    lines = scores_table(rows, seeds, options)
-    for score in ("miou", "boundary_f1"):
-        lines += difference_table(rows, score)
-    return "\n".join(lines + class_table(rows, "full")) + "\n"
+    """Scores; paired differences of both endpoints, of val and test together too; the classes in
+    which full differs."""
+    counted = reported(rows)
+    lines = scores_table(counted, seeds, options)
+    for score in ENDPOINTS:
+        lines += difference_table(counted, score)
+    if of_split(rows, "test"):
+        for score in ENDPOINTS:
+            lines += difference_table(of_split(rows, "all"), score, ", val and test together")
+    return "\n".join(lines + class_table(counted, "full")) + "\n"
 
 
 def scores_table(rows: list[dict], seeds: int, options: dict) -> list[str]:
@@ -113,7 +124,7 @@ def scores_table(rows: list[dict], seeds: int, options: dict) -> list[str]:
     ]
     for name, setting in SETTINGS.items():
         found = [[*by_seed(rows, name, score).values()] for score in SCORES]
-        found += [[*by_seed(rows, name, s, branch="cnn").values()] for s in ("miou", "boundary_f1")]
+        found += [[*by_seed(rows, name, score, branch="cnn").values()] for score in ENDPOINTS]
         n = max(map(len, found))
         same = {"equal-time": "transformer", "doubled": "transformer", "perturbed": "transformer"}
         ms = options["step_ms"].get(same.get(name, name))
@@ -123,11 +134,11 @@ def scores_table(rows: list[dict], seeds: int, options: dict) -> list[str]:
     return lines
 
 
-def difference_table(rows: list[dict], score: str) -> list[str]:
+def difference_table(rows: list[dict], score: str, scenes: str = "") -> list[str]:
     heads = " | ".join(f"minus ({SETTINGS[other].number})" for other in COMPARED)
     lines = [
         "",
-        f"The Transformer's {SCORES[score]}, paired differences with 95 % t-intervals "
+        f"The Transformer's {SCORES[score]}{scenes}, paired differences with 95 % t-intervals "
         "(* excludes zero).",
         "",
         f"| | setting | {heads} |",
@@ -154,7 +165,20 @@ def class_table(rows: list[dict], name: str) -> list[str]:
     return lines if classes else []
 
 
-def difference_rows(rows: list[dict], score: str = "miou") -> list[pictures.Difference]:
+# --- As a picture ---------------------------------------------------------------------------------
+
+
+def draw_differences(rows: list[dict]) -> Image.Image | None:
+    """Both endpoints, one below the other; None while there is nothing to compare."""
+    drawn = []
+    for score in ENDPOINTS:
+        if found := difference_rows(rows, score):
+            title = f"The Transformer's {SCORES[score]} minus that of the Transformer alone, points"
+            drawn.append(np.asarray(pictures.forest(found, title)))
+    return Image.fromarray(np.concatenate(drawn)) if drawn else None
+
+
+def difference_rows(rows: list[dict], score: str) -> list[pictures.Difference]:
     """Each setting against the Transformer alone."""
     rows, found = reported(rows), []
     for name, setting in SETTINGS.items():

@@ -16,6 +16,7 @@ import infer
 import train
 from experiments import ablation
 from support import cli
+from tests.faults import FAULTS
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(
@@ -255,3 +256,13 @@ def test_the_readme_is_short_and_shows_the_method():
 def test_committed_files_are_small():
     for path in [*ROOT.glob("docs/**/*"), *ROOT.glob("notebooks/*.ipynb")]:
         assert path.stat().st_size < 1_000_000, path.name
+
+
+def test_each_fault_has_its_place_and_its_tests():
+    """What `python -m tests.faults` plants: code moves, and nobody runs all of them each day."""
+    for fault in FAULTS:
+        assert (ROOT / fault.file).read_text().count(fault.before) == 1, str(fault)
+        for node_id in fault.node_ids():
+            path, _, test = node_id.partition("::")
+            name = test.partition("[")[0]
+            assert f"def {name}(" in (ROOT / path).read_text() or not name, node_id

@@ -11,6 +11,7 @@ from experiments.table import (
     class_table,
     difference_rows,
     differences,
+    draw_differences,
     interval,
     markdown,
     read_scores,
@@ -58,7 +59,7 @@ def test_only_the_reported_split_and_the_deployed_branch_are_compared():
     found += rows(("full", 0, 1), split="val") + rows(("full", 0, 2), branch="cnn")
     found += rows(("full", 0, 3), of_class="water") + rows(("full", 0, 4), score="oa")
     assert differences(reported(found), "full", "transformer", "miou") == [10]
-    assert difference_rows(found)[0].values == [10]
+    assert difference_rows(found, "miou")[0].values == [10]
     (without_test,) = rows(("full", 0, 1), split="val")
     assert reported([without_test]) == [without_test]
 
@@ -85,8 +86,27 @@ def test_scores_survive_the_file(tmp_path):
     assert read_scores(tmp_path / "none.csv") == []
 
 
+def test_val_and_test_together_have_a_table_of_their_own_where_there_is_a_test_split():
+    cells = ("full", 0, 52), ("transformer", 0, 50)
+    together = rows(("full", 0, 57), ("transformer", 0, 50), split="all")
+    table = markdown(rows(*cells) + together, 1, OPTIONS)
+    of_test, of_both = table.split("mIoU, val and test together, paired")
+    assert "+2.0 (n = 1)" in of_test and "+7.0 (n = 1)" not in of_test
+    assert "+7.0 (n = 1)" in of_both and "+2.0 (n = 1)" not in of_both
+    without_test = markdown(rows(*cells, split="val") + together, 1, OPTIONS)
+    assert "together" not in without_test and "+2.0 (n = 1)" in without_test
+
+
+def test_both_endpoints_are_drawn():
+    assert draw_differences(rows(("full", 0, 50))) is None
+    cells = ("full", 0, 52), ("transformer", 0, 50)
+    one = draw_differences(rows(*cells))
+    both = draw_differences(rows(*cells) + rows(*cells, score="boundary_f1"))
+    assert both.size == (one.width, 2 * one.height)
+
+
 def test_each_difference_is_drawn_against_the_transformer_alone():
     found = rows(("transformer", 0, 50), ("full", 0, 52), ("transformer", 1, 51), ("full", 1, 55))
-    (row,) = difference_rows(found)
+    (row,) = difference_rows(found, "miou")
     assert (row.name, row.values, row.mean) == ("(9) full", [2, 4], 3)
     assert row.half == pytest.approx(12.706 * 2**0.5 / 2**0.5)
