@@ -222,7 +222,7 @@ class Run:
         shown = c.tensorboard and self.ranks.is_first
         board = Board(c.out / "tensorboard", self.step) if shown else None
         begin = saved = time.perf_counter()
-        print(diagnostics.LEGEND)
+        print(diagnostics.LEGEND + diagnostics.COMPILING * has_kernels(self.device))
         with cli.StopSignal(self.ranks.count > 1) as stop, LiveLine() as live:
             for _, images, labels, waited in batches:
                 losses = self.train_step(images, labels)

@@ -142,6 +142,7 @@ decor    the covariance penalty that keeps the shared space from collapsing
 gate     its mean: 100 % where only the CNN teaches, 0 % where only the Transformer does
 data     share of the time spent waiting for windows
 """
+COMPILING = "The first step compiles the kernels: a minute or two, once on a machine.\n"
 
 
 def line(row: dict, steps: int, seconds_left: float) -> str:

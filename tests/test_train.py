@@ -16,7 +16,7 @@ from PIL import Image
 import train
 from ctclm import CTCLM, ModelConfig, ramp_up
 from infer import load_transformer
-from support import cli, safetensors
+from support import cli, diagnostics, safetensors
 from support.checkpoint import CheckpointError, read
 from support.raster import DataError
 from support.segformer import to_published
@@ -147,6 +147,7 @@ def test_interrupted_program_saves_first(small, number):
     process.send_signal(number)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number, error
+    assert "CE  " in out and diagnostics.COMPILING not in out  # a CPU compiles nothing
     step = read(config.out / "last.pt", "ctclm-training")["step"]
     assert step > 0 and f"saved at step {step}" in out and "Traceback" not in error
 
