@@ -209,13 +209,14 @@ def test_cells_beside_each_other_have_the_bits_of_one_alone(small, variant, crop
 def test_a_table_goes_on_where_it_stopped(small, program, measured, monkeypatch):
     """Seed 0 in this process, seed 1 in one of its own."""
     config = small(jobs=2)
-    settings = ["transformer", "cnn", "frozen", "full", "ensemble"]
+    settings = ["transformer", "frozen", "full", "ensemble"]
     with monkeypatch.context() as patch:
         patch.setattr(ablation, "get_context", lambda _: SimpleNamespace(Pool=ThisProcess))
         assert program(ablation.main, ERRORS, *on_command_line(config, *settings)) == (0, "")
     found = read_scores(config.results / "scores.csv")
     names = dict.fromkeys(row["setting"] for row in found)
-    assert [*names] == settings
+    assert [*names] == ["transformer", "frozen", "full", "ensemble"]
+    assert (config.out / "cnn/0.pt").exists()  # the frozen one's teacher
     table = (config.results / "table.md").read_text()
     assert "| 9 | full | 1 |" in table
     assert "| 12 | full, a second Transformer for the CNN | open |" in table
@@ -352,6 +353,22 @@ def test_crop_is_where_the_boundaries_are():
     label[120:, 220::2] = 1
     top, left = ablation.crop_places(Scene("x", np.zeros((200, 300, 3), np.uint8), label))
     assert (top.stop, left.stop) == (200, 300) and top.stop - top.start == ablation.CROP
+
+
+def test_a_cnn_alone_has_its_column_of_crops(small):
+    """It has no Transformer's map."""
+    config = small()
+    _, splits = ablation.load_splits(config)
+    val = splits["val"]
+    assert ablation.draw_crops(config, "val", val, seed=0) is None
+    path = ablation.maps_of(config, "cnn", 0)
+    path.parent.mkdir(parents=True)
+    np.savez(path, **{f"cnn/val/{i}": scene.label[:] for i, scene in enumerate(val.scenes)})
+    alone = ablation.draw_crops(config, "val", val, seed=0)
+    full = ablation.maps_of(config, "full", 0)
+    full.parent.mkdir()
+    np.savez(full, **{f"transformer/val/{i}": s.label[:] for i, s in enumerate(val.scenes)})
+    assert ablation.draw_crops(config, "val", val, seed=0).width > alone.width
 
 
 def test_bad_options_get_one_sentence(program):
