@@ -33,7 +33,7 @@ import data
 from ctclm import CTCLM, SMALLEST_IMAGE, VARIANTS, Losses, ModelConfig, Output, ramp_up
 from data import DATA_SETS, Dataset, Scene, Windows, load, prefetch
 from infer import evaluate, save_transformer
-from kernels import force, gate, has_kernels, upsample
+from kernels import computes_bf16, force, gate, has_kernels, upsample
 from kernels.distill import TRANSFERS
 from support import checkpoint, cli, diagnostics, machine, memory, pictures, pretrained, resume
 from support.about import About
@@ -124,7 +124,7 @@ class Run:
         self.device = machine.pick_device(config.device)
         self.model, on_gpu = model.to(self.device), self.device.type == "cuda"
         self.optimizer = make_optimizer(model, config.lr, on_gpu)
-        bf16 = {"auto": has_kernels(self.device), "bf16": True, "fp32": False}[config.precision]
+        bf16 = {"auto": computes_bf16(self.device), "bf16": True, "fp32": False}[config.precision]
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         memory.encode_in_parts(model.branches.values(), config.accumulate)
         ranks.share_batch(model)

@@ -2,7 +2,7 @@
 
     python -m experiments.ablation                                  # toy scenes
     python -m experiments.ablation --settings full transformer --seeds 2
-    python -m experiments.ablation --data folder --root DIR --results experiments/results/dir
+    python -m experiments.ablation --data folder --root DIR --results runs/table --out runs/cells
 
 A cell is one setting (experiments/settings.py) with one seed. All settings of a seed are trained
 side by side: a step of each on the same windows, then the next. Those with more steps take several
@@ -35,14 +35,13 @@ from torch import nn
 
 import train
 from ctclm import ModelConfig
-from data import DATA_SETS, Dataset, Scene, Windows, load, prefetch
+from data import DATA_SETS, Dataset, Windows, load, prefetch
+from experiments import table
 from experiments.settings import SETTINGS, Ensemble
-from experiments.table import T_QUANTILES, draw_differences, markdown, read_scores, write_scores
 from experiments.timing import release
 from infer import predict_classes
-from support import checkpoint, cli, machine, metrics, pictures, resume
+from support import checkpoint, cli, machine, metrics, resume
 from support.gradients import DivergedError
-from support.layouts import IGNORE
 from support.progress import duration
 from support.raster import DataError
 from support.replay import replayed_on
@@ -69,13 +68,15 @@ class Config:
         cli.require(
             not unknown, f"--settings: there is no {', '.join(unknown)}; the settings are {known}"
         )
-        most = len(T_QUANTILES) + 1
+        most = len(table.T_QUANTILES) + 1
         cli.require(1 <= self.seeds <= most, f"--seeds must be 1 to {most}; got {self.seeds}")
         cli.require(self.jobs >= 1, f"--jobs must be positive; got {self.jobs}")
 
     def shared(self) -> dict:
         """What all cells of a table have in common."""
-        return {key: getattr(self, key) for key in "data variant steps batch crop lr".split()}
+        names = "data variant steps batch crop lr".split()
+        root = {"root": self.root.resolve().name} if self.root else {}
+        return {key: getattr(self, key) for key in names} | root
 
 
 # --- One cell -------------------------------------------------------------------------------------
@@ -237,13 +238,15 @@ def run_seed(task: tuple) -> int:
         train_side_by_side([*cells.values()], windows)
         for name, cell in cells.items():
             cell.use_mean()
-            if name in names and not maps_of(config, name, seed).exists():
-                write_maps(cell.model.branches, splits, maps_of(config, name, seed))
+            path = maps_of(config, name, seed)
+            if name in names and not path.exists():
+                write_maps(cell.model.branches, splits, path, cell.config.saved())
 
     train_all(cells)
     if "ensemble" in names:
         both = Ensemble(cells["transformer"].model.transformer, cells["cnn"].model.cnn)
-        write_maps({"transformer": both}, splits, maps_of(config, "ensemble", seed))
+        options = options_of(config, "ensemble", seed, ratio).saved()
+        write_maps({"transformer": both}, splits, maps_of(config, "ensemble", seed), options)
     if frozen:
         if frozen.step == 0:
             frozen.model.cnn.load_state_dict(cells["cnn"].model.cnn.state_dict())
@@ -258,9 +261,10 @@ def maps_of(config: Config, name: str, seed: int) -> Path:
     return config.out / name / f"{seed}.npz"
 
 
-def write_maps(branches: dict[str, nn.Module], splits: dict[str, Dataset], path: Path) -> None:
-    """The class maps of all scenes by each branch; the arrays are called branch/split/number."""
-    maps = {}
+def write_maps(branches: dict[str, nn.Module], splits, path: Path, options: dict) -> None:
+    """The class maps of all scenes by each branch; the arrays are called branch/split/number, and
+    the cell's options are beside them, as JSON."""
+    maps = {"options": json.dumps(options)}
     for branch, model in branches.items():
         device = next(model.parameters()).device
         model = replayed_on(device, model.eval())
@@ -274,19 +278,26 @@ def write_maps(branches: dict[str, nn.Module], splits: dict[str, Dataset], path:
 
 
 def load_splits(config: Config) -> tuple[Dataset, dict[str, Dataset]]:
-    """The training split, and those that are scored: val and, where there is one, test."""
-    no_test = config.data == "folder" and not (config.root / "test").is_dir()
+    """The training split, and those that are scored: val and, where it is there and has labels,
+    test."""
+    is_folder = config.data == "folder" and config.root
+    no_test = is_folder and not (config.root / "test").is_dir()
     names = ["train", "val"] if no_test else ["train", "val", "test"]
     cache = config.out / "cache"
-    train_set, *scored = [load(config.data, config.root, name, cache=cache) for name in names]
-    return train_set, dict(zip(names[1:], scored, strict=True))
+    found = {name: load(config.data, config.root, name, cache=cache) for name in names}
+    if "test" in found and any(scene.label is None for scene in found["test"].scenes):
+        del found["test"]
+    return found.pop("train"), found
 
 
-def score_cell(config: Config, name: str, seed: int, splits: dict[str, Dataset]) -> list[dict]:
-    """The cell's rows of scores.csv, from its maps."""
-    rows = []
-    with np.load(maps_of(config, name, seed)) as maps:
-        for branch in dict.fromkeys(key.partition("/")[0] for key in maps):
+def score_cell(config: Config, name: str, seed: int, ratio: float, splits) -> list[dict]:
+    """The cell's rows of scores.csv, from its maps; UsageError if they are of another table."""
+    rows, path = [], maps_of(config, name, seed)
+    with np.load(path) as maps:
+        before = json.loads(str(maps["options"])) if "options" in maps else {}
+        options = options_of(config, name, seed, ratio).saved()
+        cli.require_same(options, before, f"{path}: was made", "choose another --out, or go on")
+        for branch in dict.fromkeys(key.partition("/")[0] for key in maps if "/" in key):
             found = {
                 split: [maps[f"{branch}/{split}/{i}"] for i in range(len(dataset.scenes))]
                 for split, dataset in splits.items()
@@ -318,40 +329,6 @@ def scores_of(maps: dict[str, list[np.ndarray]], splits: dict[str, Dataset]) -> 
                 row = {"split": split, "score": score, "class": name}
                 rows.append(row | {"value": round(100 * value, 3)})
     return rows
-
-
-# --- Boundaries side by side ----------------------------------------------------------------------
-
-CROP, CROPS = 96, 3
-
-
-def crop_places(scene: Scene) -> tuple[slice, slice]:
-    """The CROP x CROP window of a scene with the most boundary."""
-    near = (metrics.erode(scene.label).numpy() == IGNORE) & (scene.label != IGNORE)
-    sums = np.pad(near.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    side = min(CROP, *scene.label.shape)
-    counts = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
-    top, left = np.unravel_index(counts.argmax(), counts.shape)
-    return slice(top, top + side), slice(left, left + side)
-
-
-def draw_crops(config: Config, split: str, dataset: Dataset, seed: int):
-    """Image, truth and every setting's map, the Transformer's where it has one; None while no cell
-    of that seed is there."""
-    columns, places = {}, [(scene, crop_places(scene)) for scene in dataset.scenes[:CROPS]]
-    for name, setting in SETTINGS.items():
-        if (path := maps_of(config, name, seed)).exists():
-            with np.load(path) as maps:
-                branch = "transformer" if f"transformer/{split}/0" in maps else "cnn"
-                shown = [maps[f"{branch}/{split}/{i}"][at] for i, (_, at) in enumerate(places)]
-            columns[f"({setting.number}) {name}"] = shown
-    if not columns:
-        return None
-    truths = {
-        "image": [scene.image[place] for scene, place in places],
-        "truth": [scene.label[place] for scene, place in places],
-    }
-    return pictures.side_by_side(truths | columns, dataset.classes)
 
 
 # --- Running it -----------------------------------------------------------------------------------
@@ -394,9 +371,9 @@ def prepare(config: Config, dataset: Dataset) -> dict:
 def report(config: Config, rows: list[dict], options: dict) -> None:
     if not rows:
         return
-    write_scores(rows, config.results / "scores.csv")
-    (config.results / "table.md").write_text(markdown(rows, config.seeds, options))
-    if sheet := draw_differences(rows):
+    table.write_scores(rows, config.results / "scores.csv")
+    (config.results / "table.md").write_text(table.markdown(rows, config.seeds, options))
+    if sheet := table.draw_differences(rows):
         sheet.save(config.results / "differences.png")
 
 
@@ -404,7 +381,7 @@ def run_cells(config: Config, rows: list[dict], options: dict, splits) -> list[d
     """Run what is not among `rows`; returns all rows. The table is written after each seed."""
     done, tasks = {(row["setting"], row["seed"]) for row in rows}, []
     wanted = [(name, seed) for seed in range(config.seeds) for name in config.settings]
-    threads = max(1, torch.get_num_threads() // config.jobs)
+    threads = torch.get_num_threads()
     for seed in range(config.seeds):
         names = [n for n, s in wanted if s == seed and not maps_of(config, n, s).exists()]
         if names := [name for name in names if (name, seed) not in done]:
@@ -415,7 +392,7 @@ def run_cells(config: Config, rows: list[dict], options: dict, splits) -> list[d
         for seed in chain([None], pool.imap_unordered(run_seed, tasks)):
             for cell in wanted:
                 if cell not in done and maps_of(config, *cell).exists():
-                    rows = rows + score_cell(config, *cell, splits)
+                    rows = rows + score_cell(config, *cell, options["time_ratio"], splits)
                     done.add(cell)
             report(config, rows, options)
             if seed is not None:
@@ -425,9 +402,12 @@ def run_cells(config: Config, rows: list[dict], options: dict, splits) -> list[d
 
 def main(arguments: list[str]) -> None:
     config = cli.parse(Config, arguments, __doc__.partition("\n")[0])
+    torch.set_num_threads(max(1, torch.get_num_threads() // config.jobs))  # timed and run with
     train_set, splits = load_splits(config)
+    if len(splits) == 1:
+        print("val alone is scored: there is no test split with labels")
     options = prepare(config, train_set)
-    rows = read_scores(config.results / "scores.csv")
+    rows = table.read_scores(config.results / "scores.csv")
     # Without a handler SIGTERM would end this process and leave its cells alone.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -438,7 +418,8 @@ def main(arguments: list[str]) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     report(config, rows, options)
-    if sheet := draw_crops(config, *[*splits.items()][-1], seed=0):
+    maps = {name: maps_of(config, name, seed=0) for name in SETTINGS}
+    if sheet := table.draw_crops(maps, *[*splits.items()][-1]):
         sheet.save(config.out / "crops.png")
     print((config.results / "table.md").read_text())
 

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data import Dataset, Scene
 from experiments.settings import SETTINGS
-from support import pictures
+from support import metrics, pictures
 from support.checkpoint import save_csv
+from support.layouts import IGNORE
 
 COMPARED = ("transformer", "equal-time", "penalised", "frozen", "twin")  # each minus each of these
 ENDPOINTS = ("miou", "boundary_f1")
@@ -187,3 +189,37 @@ def difference_rows(rows: list[dict], score: str) -> list[pictures.Difference]:
             title = f"({setting.number}) {setting.name}"
             found.append(pictures.Difference(title, values, *interval(values)))
     return found
+
+
+# --- Boundaries side by side ----------------------------------------------------------------------
+
+CROP, CROPS = 96, 3
+
+
+def crop_places(scene: Scene) -> tuple[slice, slice]:
+    """The CROP x CROP window of a scene with the most boundary."""
+    near = (metrics.erode(scene.label).numpy() == IGNORE) & (scene.label != IGNORE)
+    sums = np.pad(near.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    side = min(CROP, *scene.label.shape)
+    counts = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
+    top, left = np.unravel_index(counts.argmax(), counts.shape)
+    return slice(top, top + side), slice(left, left + side)
+
+
+def draw_crops(paths: dict[str, Path], split: str, dataset: Dataset) -> Image.Image | None:
+    """Image, truth and every setting's map, the Transformer's where it has one, from the files of
+    one seed's maps; None while none of them is there."""
+    columns, places = {}, [(scene, crop_places(scene)) for scene in dataset.scenes[:CROPS]]
+    for name, path in paths.items():
+        if path.exists():
+            with np.load(path) as maps:
+                branch = "transformer" if f"transformer/{split}/0" in maps else "cnn"
+                shown = [maps[f"{branch}/{split}/{i}"][at] for i, (_, at) in enumerate(places)]
+            columns[f"({SETTINGS[name].number}) {name}"] = shown
+    if not columns:
+        return None
+    truths = {
+        "image": [scene.image[place] for scene, place in places],
+        "truth": [scene.label[place] for scene, place in places],
+    }
+    return pictures.side_by_side(truths | columns, dataset.classes)

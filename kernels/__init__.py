@@ -9,7 +9,7 @@ rule. `force("pytorch")` and `force("triton")` override it. `python -m experimen
 
 from kernels.attention import attention
 from kernels.bias import conv2d, linear
-from kernels.choose import force, has_kernels
+from kernels.choose import computes_bf16, force, has_kernels
 from kernels.distill import CollaborativeLoss, collaborative_loss, gate
 from kernels.group_norm import group_norm
 from kernels.multiscale import multiscale_convolution
@@ -20,6 +20,7 @@ __all__ = [
     "CollaborativeLoss",
     "attention",
     "collaborative_loss",
+    "computes_bf16",
     "conv2d",
     "force",
     "gate",

@@ -34,9 +34,14 @@ def jit(function):
 
 
 @torch.compiler.assume_constant_result
-def has_kernels(device: torch.device) -> bool:
-    """Whether it is a GPU, and one that the kernels were made for."""
+def computes_bf16(device: torch.device) -> bool:
+    """Whether it is a GPU, and one from the A100 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether it is a GPU that the kernels were made for, and Triton is there to compile them."""
+    return triton is not None and computes_bf16(device)
 
 
 def use_triton(x: Tensor, fits: bool = True, faster: bool = True) -> bool:

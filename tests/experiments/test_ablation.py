@@ -16,7 +16,7 @@ from PIL import Image
 from data import Scene
 from experiments import ablation
 from experiments.settings import SETTINGS
-from experiments.table import read_scores
+from experiments.table import CROP, crop_places, draw_crops, read_scores
 from infer import evaluate
 from support import cli
 from support.checkpoint import CheckpointError, read
@@ -30,6 +30,14 @@ TRAINED = [name for name, setting in SETTINGS.items() if setting.build]
 def without_interpreter(monkeypatch):
     """Runs of their own processes would send every kernel through Triton's slow interpreter."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """The program takes fewer for each of several seeds."""
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -296,7 +304,7 @@ def test_scores_are_of_the_mean_weights_on_each_split(small):
     config = small()
     assert ablation.run_seed((config, 0, ["full"], 1.0, 1)) == 0
     train_set, splits = ablation.load_splits(config)
-    rows = ablation.score_cell(config, "full", 0, splits)
+    rows = ablation.score_cell(config, "full", 0, 1.0, splits)
     cell = ablation.Cell("full", ablation.options_of(config, "full", 0, 1.0), train_set)
     cell.restore()
     cell.use_mean()
@@ -330,6 +338,8 @@ def test_other_options_need_another_table(small, measured):
     assert options["time_ratio"] == 2.5 and options["steps"] == 2
     with pytest.raises(cli.UsageError, match="was made with --steps 2, not 3"):
         ablation.prepare(small(steps=3), None)
+    with pytest.raises(cli.UsageError, match="was made with --root data, not other"):
+        ablation.prepare(small(root=config.root.parent / "other"), None)
     cell = ablation.Cell(
         "full", ablation.options_of(config, "full", 0, 1.0), ablation.load_splits(config)[0]
     )
@@ -337,6 +347,58 @@ def test_other_options_need_another_table(small, measured):
     cell.config.lr = 1.0
     with pytest.raises(cli.UsageError, match="0.pt: was made with --lr 0.003, not 1.0"):
         cell.restore()
+
+
+def test_maps_of_another_table_are_not_scored(small, program, measured, monkeypatch):
+    """Two tables that share --out, by mistake: the second's cells are not those of the first."""
+    monkeypatch.setattr(ablation, "get_context", lambda _: SimpleNamespace(Pool=ThisProcess))
+    config = small()
+    assert program(ablation.main, ERRORS, *on_command_line(config, "transformer")) == (0, "")
+    other = small(steps=3, results=config.results.parent / "other")
+    code, error = program(ablation.main, ERRORS, *on_command_line(other, "transformer"))
+    path = ablation.maps_of(config, "transformer", 0)
+    assert code == 2 and f"{path}: was made with --steps 2, not 3; choose another --out" in error
+    assert not (other.results / "scores.csv").exists()
+    with np.load(path) as maps:  # as they were written before they had options
+        kept = {key: x for key, x in maps.items() if key != "options"}
+    np.savez_compressed(path, **kept)
+    again = on_command_line(small(results=other.results.parent / "third"), "transformer")
+    code, error = program(ablation.main, ERRORS, *again)
+    assert code == 2 and f"{path}: was made by a version without --" in error
+
+
+def test_a_test_split_without_labels_is_not_scored(small, monkeypatch):
+    """As LoveDA's, and Potsdam's where its labels are not there."""
+    splits = {name: small_set(name) for name in ("train", "val", "test")}
+    monkeypatch.setattr(ablation, "load", lambda data, root, name, cache: splits[name])
+    train_set, scored = ablation.load_splits(small(data="loveda"))
+    assert train_set is splits["train"] and [*scored] == ["val", "test"]
+    splits["test"] = small_set("test", label=None)
+    assert [*ablation.load_splits(small(data="loveda"))[1]] == ["val"]
+
+
+def small_set(name, label=True):
+    return SimpleNamespace(scenes=[Scene("a", None, True), Scene(name, None, label)])
+
+
+def test_steps_are_timed_with_the_threads_that_they_will_have(small, program, monkeypatch):
+    """On a CPU the ratio of times depends on them, and so the steps of (2)."""
+    found = []
+    monkeypatch.setattr(ablation, "get_context", lambda _: SimpleNamespace(Pool=ThisProcess))
+
+    def times(*_):
+        found.append(torch.get_num_threads())
+        return {"full": 5.0, "transformer": 2.0}
+
+    def run(task):
+        found.append(task[-1])
+        raise ablation.StoppedError
+
+    monkeypatch.setattr(ablation, "step_times", times)
+    monkeypatch.setattr(ablation, "run_seed", run)
+    torch.set_num_threads(2)
+    code, _ = program(ablation.main, ERRORS, *on_command_line(small(jobs=2), "full"))
+    assert code == 128 + signal.SIGINT and found == [1, 1]
 
 
 def test_times_are_of_each_setting_that_is_trained(small):
@@ -351,8 +413,8 @@ def test_times_are_of_each_setting_that_is_trained(small):
 def test_crop_is_where_the_boundaries_are():
     label = np.zeros((200, 300), np.uint8)
     label[120:, 220::2] = 1
-    top, left = ablation.crop_places(Scene("x", np.zeros((200, 300, 3), np.uint8), label))
-    assert (top.stop, left.stop) == (200, 300) and top.stop - top.start == ablation.CROP
+    top, left = crop_places(Scene("x", np.zeros((200, 300, 3), np.uint8), label))
+    assert (top.stop, left.stop) == (200, 300) and top.stop - top.start == CROP
 
 
 def test_a_cnn_alone_has_its_column_of_crops(small):
@@ -360,15 +422,16 @@ def test_a_cnn_alone_has_its_column_of_crops(small):
     config = small()
     _, splits = ablation.load_splits(config)
     val = splits["val"]
-    assert ablation.draw_crops(config, "val", val, seed=0) is None
-    path = ablation.maps_of(config, "cnn", 0)
+    paths = {name: ablation.maps_of(config, name, 0) for name in SETTINGS}
+    assert draw_crops(paths, "val", val) is None
+    path = paths["cnn"]
     path.parent.mkdir(parents=True)
     np.savez(path, **{f"cnn/val/{i}": scene.label[:] for i, scene in enumerate(val.scenes)})
-    alone = ablation.draw_crops(config, "val", val, seed=0)
-    full = ablation.maps_of(config, "full", 0)
+    alone = draw_crops(paths, "val", val)
+    full = paths["full"]
     full.parent.mkdir()
     np.savez(full, **{f"transformer/val/{i}": s.label[:] for i, s in enumerate(val.scenes)})
-    assert ablation.draw_crops(config, "val", val, seed=0).width > alone.width
+    assert draw_crops(paths, "val", val).width > alone.width
 
 
 def test_bad_options_get_one_sentence(program):
@@ -376,6 +439,8 @@ def test_bad_options_get_one_sentence(program):
     assert code == 2 and "there is no fulll; the settings are transformer" in error
     code, error = program(ablation.main, ERRORS, "--seeds", 99)
     assert code == 2 and "--seeds must be 1 to 20; got 99" in error
+    code, error = program(ablation.main, ERRORS, "--data", "folder")
+    assert code == 2 and "--root" in error
     code, error = program(ablation.main, ERRORS, "--jobs", 0)
     assert code == 2 and "--jobs must be positive; got 0" in error
 

@@ -35,6 +35,9 @@ def test_older_gpus_have_pytorchs(monkeypatch, capability, wanted):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     on_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
     assert choose.use_triton(on_gpu) == wanted
+    assert choose.has_kernels(on_gpu.device) == choose.computes_bf16(on_gpu.device) == wanted
+    monkeypatch.setattr(choose, "triton", None)  # Windows: bf16 as before, and nothing to compile
+    assert choose.computes_bf16(on_gpu.device) == wanted and not choose.has_kernels(on_gpu.device)
 
 
 def test_the_rule_is_no_break_in_a_compiled_graph(monkeypatch):
