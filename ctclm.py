@@ -4,7 +4,8 @@ Guo et al., "CNN-Transformer Collaborative Learning for Remote Sensing Semantic 
 ICGIP 2025 (Proc. SPIE 14124). Only the abstract is public. It fixes: transfer in both directions
 between a CNN and a Transformer branch, a parallel multi-scale convolutional encoder, features
 aligned in a shared representation space, the Transformer alone at inference. The rest is our
-choice, and each choice is marked "we chose" where it is made. From small to large:
+choice: what is taken from elsewhere names its source, and what names none is ours. From small to
+large:
 
     MultiScaleBlock  -> CNN            parallel depthwise convolutions, computed as one
     TransformerBlock -> Transformer    attention with reduced keys (MiT / SegFormer)
@@ -331,7 +332,7 @@ class TransformerBlock(nn.Module):
 
 
 class TransformerStage(nn.Module):
-    """Overlapping patches -> tokens -> blocks -> a feature map at `stride` times its input's."""
+    """Overlapping patches -> tokens -> blocks -> a feature map, 4 times smaller or 2."""
 
     def __init__(self, before: int, channels: int, heads: int, depth: int, index: int):
         super().__init__()
@@ -443,6 +444,9 @@ def initialise(module: nn.Module) -> None:
 
 
 # --- The collaboration --------------------------------------------------------------------------
+#
+# From here on h is a projection into the shared space, D the dimension of that space, and c, t are
+# the CNN and the Transformer.
 
 
 @dataclass
@@ -464,10 +468,14 @@ class ModelConfig:
     class_weights: tuple[float, ...] | None = None  # of each class's cross entropy, in the gate too
 
     def __post_init__(self):
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}")
-        if not (1 <= self.num_classes <= self.ignore_index and self.in_channels >= 1):
-            raise ValueError(f"cannot have {self.num_classes} classes, {self.in_channels} channels")
+        known = {"variant": VARIANTS, "encoder": ("multiscale", "plain"), "transfer": TRANSFERS}
+        for name, values in known.items():
+            if (value := getattr(self, name)) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}; got {value!r}")
+        if not 1 <= (K := self.num_classes) <= self.ignore_index:
+            raise ValueError(f"num_classes must be 1 to ignore_index={self.ignore_index}; got {K}")
+        if self.in_channels < 1:
+            raise ValueError(f"in_channels must be positive; got {self.in_channels}")
         weights = self.class_weights
         if weights is not None and (len(weights) != self.num_classes or min(weights) <= 0):
             raise ValueError(f"class_weights must be {self.num_classes} positive numbers")

@@ -65,7 +65,7 @@ class Scene(NamedTuple):
     name: str
     image: Pixels  # (H, W, C) uint8
     label: Pixels | None  # (H, W) uint8, 0..K-1 or IGNORE
-    eroded: Pixels | None = None  # label without boundaries; `label` itself if there is no other
+    eroded: Pixels | None = None  # without boundaries, if it is there; `label` if that is eroded
     path: Path | None = None  # the image's file
     domain: str = ""  # LoveDA: "urban" or "rural"
     cells: np.ndarray | None = None  # pixels of each class in squares of labels.CELL, (., ., K)

@@ -13,8 +13,8 @@ From Python:
         ...
 
 A scene of any size is cut into overlapping windows. They are predicted in batches and blended where
-the model is, so that only classes come back from a GPU (support/scenes.py). Memory depends on the
-scene's width and not on its height. The map of a TIFF is a TIFF with the same georeference.
+the model is, so that only classes come back from a GPU (support/scenes.py). Of a TIFF in strips or
+tiles a few rows are in memory at a time. The map of a TIFF is a TIFF with the same georeference.
 
 Letters: B batch, C channels, H W pixels, K classes.
 """
@@ -38,7 +38,7 @@ from support.about import About
 from support.checkpoint import CheckpointError
 from support.export import ENDINGS, export
 from support.images import open_rows
-from support.layouts import Classes, distinct_colours
+from support.layouts import IGNORE, Classes, distinct_colours
 from support.machine import keep_freed_memory, pick_device
 from support.maps import MapFiles
 from support.nodata import NO_ALPHA
@@ -140,23 +140,26 @@ def predict_parts(
 def predict(
     model: Callable[[Tensor], Tensor], image: np.ndarray | Rows, **options
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (first row, class probabilities (K, rows, W) float32) from top to bottom.
+    """Yield (first row, class probabilities (K, rows, W) float32) from top to bottom; they are 0
+    where a file has no data.
 
     `options` are those of `predict_parts`.
     """
-    for top, _, p, _ in predict_parts(model, image, **options):
-        yield top, p.cpu().numpy()
+    for top, _, p, valid in predict_parts(model, image, **options):
+        p = p.cpu().numpy()
+        yield top, p if valid is None else np.where(valid, p, 0)
 
 
 def predict_classes(model, image: np.ndarray | Rows, **options) -> tuple[np.ndarray, np.ndarray]:
-    """Class map (H, W) uint8 and the probability of each pixel's class, (H, W) float32."""
+    """Class map (H, W) uint8 and the probability of each pixel's class, (H, W) float32; IGNORE and
+    0 where a file has no data."""
     H, W = image.shape[:2]
     classes, confidence = np.empty((H, W), np.uint8), np.empty((H, W), np.float32)
-    for top, pixels, p, _ in predict_parts(model, image, **options):
-        most, labels = p.max(dim=0)
-        bottom = top + len(pixels)
-        classes[top:bottom] = labels.byte().cpu().numpy()
-        confidence[top:bottom] = most.cpu().numpy()
+    for top, pixels, p, valid in predict_parts(model, image, **options):
+        (most, labels), rows = p.max(dim=0), slice(top, top + len(pixels))
+        classes[rows], confidence[rows] = labels.byte().cpu().numpy(), most.cpu().numpy()
+        if valid is not None:
+            classes[rows][~valid], confidence[rows][~valid] = IGNORE, 0
     return classes, confidence
 
 

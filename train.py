@@ -7,11 +7,10 @@
 
 A run writes config.json, log.csv, metrics.json, curves.png, samples.png, story.png (who taught whom
 over training), last.pt (all that it needs to go on), previous.pt (the one before) and best.pt (the
-Transformer alone, at its best validation mIoU: this is what people pass on). Ctrl-C and SIGTERM
-finish the step, save, and exit.
+Transformer alone, at its best validation mIoU). Ctrl-C and SIGTERM finish the step, save, and exit.
 
 The windows depend on the seed and the step alone, and there is no randomness in the model. So a
-run resumed on the same device ends, bit for bit, as one that was never stopped.
+run resumed on the same CPU, or GPU with our kernels, ends with the bits of one never stopped.
 
 Letters: B batch, C channels, H W pixels, K classes.
 """
@@ -145,7 +144,7 @@ class Run:
         at once, and raises DivergedError when one is not finite. Weights are then as before.
         """
         inputs = (torch.from_numpy(images), torch.from_numpy(labels))
-        numbers = self.learning_rate(), ramp_up(self.step, self.config.steps)
+        numbers = self.learning_rate(self.step), ramp_up(self.step, self.config.steps)
         if self.device.type == "cuda":  # a number in a graph is a tensor, or it is a constant
             inputs = [x.pin_memory() for x in (*inputs, *map(torch.tensor, numbers))]
         else:
@@ -192,15 +191,15 @@ class Run:
     def check_gradients(self) -> None:
         """DivergedError for the first step since the last call whose gradient was not finite."""
         recent, self.norms = self.norms, []
-        what = f"windows 0..{self.config.batch - 1} of that step, seed {self.config.seed}"
+        what = f"the {self.config.batch} windows of that step, seed {self.config.seed}"
         require_finite(recent, [*self.parts()], self.step - len(recent), what)
 
-    def learning_rate(self) -> float:
+    def learning_rate(self, step: int) -> float:
         """Linear warm-up over a twentieth of the run, then cosine to zero."""
         c, warm_up = self.config, max(1, self.config.steps // 20)
-        if self.step < warm_up:
-            return c.lr * (self.step + 1) / warm_up
-        t = (self.step - warm_up) / max(1, c.steps - warm_up)
+        if step < warm_up:
+            return c.lr * (step + 1) / warm_up
+        t = (step - warm_up) / max(1, c.steps - warm_up)
         return c.lr * 0.5 * (1 + math.cos(math.pi * t))
 
     # --- The loop ---
@@ -213,7 +212,7 @@ class Run:
         """
         c, before = self.config, self.seconds
         report_every = math.ceil(c.steps / REPORTS)  # up: no report covers only a few steps
-        validate_every = report_every * max(1, REPORTS // c.validations)
+        validate_every = report_every * math.ceil(REPORTS / c.validations)
         validations = math.ceil(c.steps / validate_every) - self.step // validate_every
         guess = diagnostics.steps_per_validation(self.val_set.scenes, c.batch * c.crop**2)
         pace = Pace(c.steps - self.step, validations, guess / self.ranks.count)
@@ -260,9 +259,9 @@ class Run:
         terms = torch.stack([torch.stack([*losses]) for losses in self.history]).mean(0)
         self.history = []
         row = {"step": self.step} | dict(zip(Losses._fields, terms.tolist(), strict=True))
-        row |= {"ramp": ramp_up(self.step, self.config.steps), "lr": self.learning_rate()}
-        row["images_per_s"] = since.steps * self.config.batch / since.seconds
-        row["data_wait"] = since.waited / since.seconds
+        last, images = self.step - 1, since.steps * self.config.batch
+        row |= {"ramp": ramp_up(last, self.config.steps), "lr": self.learning_rate(last)}
+        row |= {"images_per_s": images / since.seconds, "data_wait": since.waited / since.seconds}
         K = len(self.val_set.classes.names)
         if isinstance(self.model, CTCLM):
             with self.autocast:
@@ -407,7 +406,8 @@ def opinions(model: CTCLM, output: Output, labels: torch.Tensor) -> tuple[torch.
     logits = output.cnn_logits.float(), output.transformer_logits.float()
     labels = labels.to(logits[0].device)
     cnn, transformer = (upsample(z, labels.shape[1:]).argmax(1) for z in logits)
-    return cnn, transformer, gate(*logits, labels, class_weights=model.class_weights), labels
+    options = {"kappa": model.config.kappa, "class_weights": model.class_weights}
+    return cnn, transformer, gate(*logits, labels, **options), labels
 
 
 @torch.no_grad()

@@ -197,7 +197,7 @@ def add_profile(table: Table, what: str, variant: str, batch) -> None:
     """The kernels' share of the GPU's time in one step, what else takes most, and launches. Call by
     call, not replayed: a graph does not say which operation a kernel belongs to."""
     run = our_run("full", variant, batch)
-    numbers = map(torch.tensor, (run.learning_rate(), 1.0))
+    numbers = map(torch.tensor, (run.learning_rate(run.step), 1.0))
     inputs = [x.to(table.device) for x in (*map(torch.from_numpy, batch), *numbers)]
     for _ in range(3):
         run.update(*inputs)

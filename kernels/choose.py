@@ -4,10 +4,10 @@
     CPU tensors with TRITON_INTERPRET=1   the Triton kernels, in Triton's interpreter (for tests)
     everything else                       PyTorch
 
-and PyTorch where no kernel fits (float64, a head dimension without a kernel, logits that are not at
-a quarter of the labels' size), where Triton is not installed, or where PyTorch is much faster
-(attention in float32 of which no gradient is wanted). `force` overrides the rule. Below it are the
-few functions that all kernels share.
+and PyTorch where no kernel fits (float64, a head dimension without a kernel, a loss of more than 16
+classes or of logits that are not at a quarter of the labels' size), where Triton is not installed,
+or where PyTorch is much faster (attention in float32 of which no gradient is wanted). `force`
+overrides the rule. Below it are the few functions that all kernels share.
 """
 
 import os

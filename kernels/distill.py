@@ -33,7 +33,7 @@ from torch import Tensor
 from kernels.choose import channels_last, refuse_second_derivative, use_triton
 from kernels.distill_rows import accumulation_dtype, divisors, rows_backward, rows_forward
 from kernels.distill_triton import triton_backward, triton_forward
-from kernels.upsample import upsample_reference
+from kernels.upsample import upsample, upsample_reference
 
 # Each transfer gives two weights at a pixel with gate r, of (CNN teaches, Transformer teaches).
 # A weight is constant + slope * r, written (constant, slope).
@@ -87,7 +87,9 @@ def collaborative_loss(
     if fused or (at_a_quarter and cnn_logits.device.type == "cpu"):
         terms, mean_gate, _ = fused_loss(cnn_logits, transformer_logits, labels, *options)
         return CollaborativeLoss(*terms.unbind(), mean_gate.detach())
-    return collaborative_loss_reference(cnn_logits, transformer_logits, labels, *options)
+    logits = (z.to(accumulation_dtype(z)) for z in (cnn_logits, transformer_logits))
+    logits = (upsample(z, labels.shape[1:]) for z in logits)  # not by atomics on a GPU
+    return collaborative_loss_reference(*logits, labels, *options)
 
 
 def collaborative_loss_reference(
@@ -154,6 +156,8 @@ def negative_log_likelihood(log_p: Tensor, target: Tensor) -> Tensor:
 
 def at_label_size(logits: Tensor, labels: Tensor) -> Tensor:
     """Logits in at least float32, bilinearly at the labels' size."""
+    if logits.shape[-2:] == labels.shape[-2:]:
+        return logits.to(accumulation_dtype(logits))
     return upsample_reference(logits.to(accumulation_dtype(logits)), labels.shape[-2:])
 
 

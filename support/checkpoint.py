@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from support.cli import DISK_IS_FULL, require
+from support.cli import DISK_IS_FULL, make_folder, require
 
 NEWEST, BEFORE = "last.pt", "previous.pt"  # a run's two checkpoints
 FILES = {NEWEST, "best.pt", "config.json", "log.csv", "metrics.json"}  # of a run, as written
@@ -143,7 +143,7 @@ def prepare_folder(out: Path, resume: bool) -> None:
     elif out.exists():
         is_new = out.is_dir() and {p.name for p in out.iterdir()} <= {"cache"}
         require(is_new, f"{out}: is not empty; continue it with --resume or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
 
 
 def remove_abandoned(out: Path) -> None:

@@ -22,6 +22,6 @@ def require_finite(recent: list[Tensor], names: list[str], first: int, what: str
         for name, norm in zip(names, norms.tolist(), strict=True):
             if not math.isfinite(norm):
                 raise DivergedError(
-                    f"the gradient of the {name} is not finite at step {step} ({what}); the "
-                    f"weights were left as they are in last.pt; try a lower --lr"
+                    f"the gradient of the {name} is not finite at step {step} ({what}); last.pt, "
+                    f"if there is one, is of an earlier step; try a lower --lr in another --out"
                 )

@@ -250,13 +250,14 @@ def find_loveda(root: Path, split: str, tiles: tuple[str, ...]) -> SplitFiles:
             f"{split.capitalize()}{archives_hint(root)}"
         )
     faults, gaps, result = [], [], []
-    for path in select_tiles(paths, tiles, root):
+    shown = {path: f"{path.absolute().parents[1].name}_{path.stem}" for path in paths}
+    for path in select_tiles(paths, tiles, root, shown):
         domain = path.parent.parent
         mask = folders[domain, "masks_png"].get(stem(path))
         if split != "test" and not mask:
             faults.append(f"{path}: has no mask (looked for it in {domain / 'masks_png'})")
         name = path.absolute().parents[1].name
-        result.append(Tile(f"{name}_{path.stem}", path, mask, None, name.lower()))
+        result.append(Tile(shown[path], path, mask, None, name.lower()))
     if not tiles and len(paths) != LOVEDA_IMAGES[split]:
         count = f"{len(paths)} of the {LOVEDA_IMAGES[split]} {split} images are there"
         gaps.append(count + archives_hint(root))
@@ -292,7 +293,8 @@ def find_folder(root: Path, split: str, tiles: tuple[str, ...]) -> SplitFiles:
         if name in several:
             faults.append(f"{path}: {several[name]} could be its mask; remove one")
         elif name not in pairs:
-            faults.append(f"{path}: has no mask (looked for it in {masks_folder})")
+            if split != "test":  # which may have none, as LoveDA's
+                faults.append(f"{path}: has no mask (looked for it in {masks_folder})")
         elif len(claimed[pairs[name]]) > 1:
             both = " and ".join(claimed[pairs[name]])
             faults.append(f"{path}: {pairs[name]} could be the mask of {both}; name it after one")
@@ -310,11 +312,12 @@ def masks_without_image(folder: Path, masks: set[str], ending: str = "") -> list
     return []
 
 
-def select_tiles(paths: list[Path], tiles: tuple[str, ...], where: Path) -> list[Path]:
-    """The paths whose stem is in `tiles`; all when there are no tiles."""
-    if unknown := set(tiles) - {path.stem for path in paths}:
+def select_tiles(paths: list[Path], tiles: tuple[str, ...], where: Path, shown=None) -> list[Path]:
+    """The paths whose stem, or name in `shown`, is in `tiles`; all when there are no tiles."""
+    names = {path: {path.stem, (shown or {}).get(path, path.stem)} for path in paths}
+    if unknown := set(tiles).difference(*names.values()):
         raise DataError(f"{where}: no image named {', '.join(sorted(unknown))}")
-    return [path for path in paths if not tiles or path.stem in tiles]
+    return [path for path in paths if not tiles or names[path] & {*tiles}]
 
 
 def read_classes(path: Path) -> tuple[Classes, LabelEncoding]:

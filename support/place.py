@@ -213,7 +213,14 @@ def geo_key(tags: Tags, key: int) -> int | None:
 
 
 def epsg_code(path: Path) -> int | None:
-    """Of the coordinate system; None where it has no number."""
+    """Of the coordinate system; None where it has no number, or what cannot be parsed."""
+    try:
+        return parse_epsg_code(path)
+    except ValueError:
+        return None
+
+
+def parse_epsg_code(path: Path) -> int | None:
     xml = aux_xml(path)
     if xml is not None and (text := xml.findtext("SRS")):
         code = re.fullmatch(r"\s*EPSG:(\d+)\s*", text) or re.search(OUTERMOST_CODE, text)

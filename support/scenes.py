@@ -56,7 +56,7 @@ class Part(NamedTuple):
 
     top: int  # the first of them
     pixels: np.ndarray  # (rows, W, C) uint8, of the image
-    values: Tensor  # (K, rows, W) float32, on the device; 0 in windows without data
+    values: Tensor  # (K, rows, W) float32, on the device; 0 in windows (but one) without data
     valid: np.ndarray | None  # (rows, W) bool: where the image has data; None: everywhere
 
 

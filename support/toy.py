@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
+from support import cli
 from support.labels import encode_colours
 from support.layouts import POTSDAM, POTSDAM_TILES, SPLITS
 
@@ -427,8 +428,8 @@ SPLIT_SEEDS = {"train": range(0, 24), "val": range(1000, 1006), "test": range(20
 def write_files(root: Path, scenes_per_split: int = 3) -> None:
     """Toy scenes as files in the layout of ISPRS Potsdam, under names of its own splits."""
     images, labels = root / "2_Ortho_RGB", root / "5_Labels_all"
-    images.mkdir(parents=True, exist_ok=True)
-    labels.mkdir(parents=True, exist_ok=True)
+    cli.make_folder(images)
+    cli.make_folder(labels)
     for split in SPLITS:
         tiles = POTSDAM_TILES[split].split()[:scenes_per_split]
         for tile, seed in zip(tiles, SPLIT_SEEDS[split], strict=False):

@@ -229,8 +229,16 @@ def test_wrong_images(x, sentence):
 def test_wrong_config():
     with pytest.raises(ValueError, match="variant must be one of tiny, b0, b1, b2; got 'b9'"):
         ModelConfig(variant="b9")
-    with pytest.raises(ValueError, match="0 classes"):
+    with pytest.raises(ValueError, match="encoder must be one of .*; got 'multi-scale'"):
+        ModelConfig(encoder="multi-scale")
+    with pytest.raises(ValueError, match="transfer must be one of .*; got 'both'"):
+        ModelConfig(transfer="both")
+    with pytest.raises(ValueError, match="num_classes must be 1 to ignore_index=255; got 0"):
         ModelConfig(num_classes=0)
+    with pytest.raises(ValueError, match="ignore_index=-100; got 6"):
+        ModelConfig(ignore_index=-100)
+    with pytest.raises(ValueError, match="in_channels must be positive; got 0"):
+        ModelConfig(in_channels=0)
 
 
 # --- The shared space ---------------------------------------------------------------------------

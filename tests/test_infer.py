@@ -150,6 +150,15 @@ def test_where_there_is_no_data_the_map_has_none_and_else_it_is_the_same(
     expected = zip(POTSDAM.names, shares, strict=True)
     assert first.endswith(", ".join(f"{name} {share:.1%}" for name, share in expected))
     assert second == "  no data at 67.3% of the pixels: 255 in the map"
+    student, options = load_transformer(best), {"window": 64, "overlap": 0.5}
+    found = predict_classes(student, open_rows(tmp_path / "a.tif"), **options)
+    whole = predict_classes(student, image, **options)
+    for with_holes, without, none in zip(found, whole, (IGNORE, 0), strict=True):
+        assert (with_holes[~valid] == none).all()
+        assert np.array_equal(with_holes[valid], without[valid])
+    parts = [p for _, p in predict(student, open_rows(tmp_path / "a.tif"), **options)]
+    sums = np.concatenate(parts, axis=1).sum(0)
+    assert (sums[~valid] == 0).all() and np.allclose(sums[valid], 1, atol=1e-5)  # float32
 
 
 def test_a_map_of_four_bands(tmp_path, printed, write_tiff):

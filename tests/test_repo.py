@@ -251,6 +251,11 @@ def test_the_readme_is_short_and_shows_the_method():
     assert files[0] == "ctclm.py" and len(files) >= 8
     for name in files:
         assert (ROOT / name).exists(), name
+    counts = re.findall(r"^([\w/]+\.py) .*?(\d+) lines", text, re.M)
+    assert len(counts) >= 6
+    for name, shown in counts:  # rounded up to ten
+        lines = len((ROOT / name).read_text().splitlines())
+        assert int(shown) - 10 < lines <= int(shown), f"{name} has {lines} lines"
 
 
 def test_committed_files_are_small():

@@ -108,6 +108,32 @@ def test_best_is_the_best_validation(small, monkeypatch):
     assert load_transformer(run_.config.out / "best.pt").about.val_miou == 0.7
 
 
+@pytest.mark.parametrize("asked, found", [(1, 1), (4, 4), (6, 6), (7, 6), (20, 15), (99, 30)])
+def test_it_validates_no_more_often_than_asked(small, monkeypatch, asked, found):
+    """With some of the 30 reports, and after the last step."""
+    run_, steps = train.prepare(small(steps=60, validations=asked)), []
+
+    def count(images, labels):
+        run_.step += 1
+
+    monkeypatch.setattr(run_, "train_step", count)
+    monkeypatch.setattr(run_, "report", lambda since: None)
+    monkeypatch.setattr(run_, "save", lambda: None)
+    monkeypatch.setattr(run_, "validate", lambda: steps.append(run_.step))
+    monkeypatch.setattr(train.diagnostics, "line", lambda *_: "")
+    run_.fit()
+    assert len(steps) == found and steps[-1] == 60
+
+
+def test_the_log_has_the_rate_and_the_ramp_of_its_last_step(small):
+    """Not those of the step to come, which after the last one would be a rate of 0."""
+    run_ = train.prepare(small(steps=40))
+    run_.fit()
+    for row in run_.log:
+        assert row["lr"] == run_.learning_rate(row["step"] - 1) > 0
+        assert row["ramp"] == ramp_up(row["step"] - 1, 40)
+
+
 def test_a_run_is_resumed_where_it_is_now(small):
     """AdamW of a GPU's run can be captured, a CPU's cannot: the file does not decide."""
     config = small(steps=1)
@@ -178,7 +204,7 @@ def test_learning_rate(small):
     run_ = train.prepare(small(steps=100, lr=1e-3))
     rates = []
     for run_.step in range(100):
-        rates.append(run_.learning_rate())
+        rates.append(run_.learning_rate(run_.step))
     assert rates[0] == pytest.approx(2e-4) and rates[4] == rates[5] == 1e-3
     assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] < 1e-6
 
@@ -189,7 +215,7 @@ def test_a_step_uses_the_learning_rate_and_the_ramp_of_its_number(small, step):
     this step's."""
     run_ = train.prepare(small(steps=100))
     run_.step = step
-    rate = run_.learning_rate()
+    rate = run_.learning_rate(run_.step)
     loss = run_.train_step(*run_.windows.batch(0))
     c, ramp = run_.model.config, ramp_up(step, 100)
     collaboration = c.align_weight * loss.align + c.region_weight * loss.region
@@ -398,6 +424,7 @@ BAD_OPTIONS = {
     "--pretrained none.pth": "none.pth: no such file of weights",
     "--pretrained README.md": "README.md: not a checkpoint",
     "--resume": "there is nothing to resume",
+    "--out README.md/run": "README.md/run: must be a folder, but there is a file",
     "--validations 0": "--validations must be positive; got 0",
     "--rare-class-fraction 1.5": "--rare-class-fraction is a share, 0 to 1; got 1.5",
     "--rare-class-fraction often": "invalid float value: 'often'",

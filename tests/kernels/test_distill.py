@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from kernels import collaborative_loss, distill, distill_rows, distill_triton, force, gate
 from kernels.distill import TRANSFERS, collaborative_loss_reference, kl_divergence
+from kernels.upsample import interpolate
 
 TERMS = ("transformer_ce", "cnn_ce", "cnn_to_transformer", "transformer_to_cnn")
 
@@ -567,3 +568,23 @@ def test_what_no_kernel_can_do(device):
         with force("triton"), pytest.raises(ValueError, match="no kernel can run on"):
             collaborative_loss(*logits, labels)
         collaborative_loss(*logits, labels)  # the reference, or rows, can
+
+
+def test_on_a_gpu_no_upsampling_is_by_atomics(device, monkeypatch):
+    """Where no kernel fits, the matrix products upsample: the same bits in every run."""
+    (logits, labels), calls = on(device, 1, 17, 4, 4, torch.float32), []
+    labels = labels[:, :12, :8].contiguous()  # of no kernel on a CPU either
+    wanted = terms_and_gradients(collaborative_loss_reference, logits, labels, torch.ones(4))
+
+    def by_products(x, size):
+        calls.append(x.shape)
+        return interpolate(x, *size, transposed=False)
+
+    monkeypatch.setattr(distill, "upsample", by_products)
+    one, two = (
+        terms_and_gradients(collaborative_loss, logits, labels, torch.ones(4)) for _ in "12"
+    )
+    assert calls == [logits[0].shape] * 4
+    for a, b, exact in zip(one, two, wanted, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, exact)

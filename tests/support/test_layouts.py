@@ -251,6 +251,21 @@ def test_loveda_pairs(tmp_path):
     assert find_split("loveda", touch(tmp_path, "Test/Rural/images_png/1.png"), "test").faults == []
 
 
+def test_loveda_is_chosen_by_the_names_that_are_shown(tmp_path):
+    """Or by number, which both domains may have."""
+    names = ("Urban/images_png/1.png", "Urban/images_png/2.png", "Rural/images_png/1.png")
+    touch(tmp_path, *(f"Test/{name}" for name in names))
+    found = {
+        tiles: [tile.name for tile in find_split("loveda", tmp_path, "test", tiles).tiles]
+        for tiles in (("Urban_1",), ("1",), ("2", "Rural_1"))
+    }
+    both = ["Rural_1", "Urban_1"]
+    wanted = {("Urban_1",): both[1:], ("1",): both, ("2", "Rural_1"): ["Rural_1", "Urban_2"]}
+    assert found == wanted
+    with pytest.raises(DataError, match="no image named Rural_2"):
+        find_split("loveda", tmp_path, "test", ("Rural_2", "2"))
+
+
 # --- Anyone's own -------------------------------------------------------------------------------
 
 
@@ -264,6 +279,8 @@ def test_folder_pairs(tmp_path):
     assert found.tiles[1].label == tmp_path / "train/masks/y.png"
     assert len(found.faults) == 1 and "x.tif: has no mask" in found.faults[0]
     assert len(found.gaps) == 1 and "1 masks have no image here (z)" in found.gaps[0]
+    touch(tmp_path / "test", *names)
+    assert not find_split("folder", tmp_path, "test").faults  # as of LoveDA
     touch(tmp_path / "train", "images/y.png")
     assert any("have one name" in fault for fault in find_split("folder", tmp_path, "train").faults)
 

@@ -270,6 +270,7 @@ BASE_KEYS = {34735: (3, [1, 1, 0, 1, 2048, 0, 1, 4258])}
         ("", KEYS, 25833),
         ("", OWN_KEYS, None),
         ("", BASE_KEYS, 4258),
+        ("", {34735: (3, [1, 1, 0, 1, 3072, 0])}, None),  # cut off
     ],
 )
 def test_the_code_is_that_of_the_whole_system(tmp_path, write_tiff, system, tags, code):

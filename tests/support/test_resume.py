@@ -130,7 +130,7 @@ def test_more_steps_and_their_schedule(small, stopped, capsys):
     printed = capsys.readouterr().out
     assert "goes on from step 2 to 6 instead of 3; from here on learning rate and ramp" in printed
     cosine = math.cos(math.pi * (2 - 1) / (6 - 1))  # the first step warms up
-    assert run.learning_rate() == pytest.approx(3e-3 * 0.5 * (1 + cosine))
+    assert run.learning_rate(run.step) == pytest.approx(3e-3 * 0.5 * (1 + cosine))
     run.fit()
     assert run.step == 6 and [row["step"] for row in run.log] == [1, 2, 3, 4, 5, 6]
     with pytest.raises(cli.UsageError, match="has done 6 steps, so --steps 5 is too few"):
