@@ -168,7 +168,8 @@ def logits(B, K, h, w, dtype, device) -> list[Tensor]:
 
 
 def labels_for(B, h, w, K, device) -> Tensor:
-    labels = torch.randint(0, K, (B, 4 * h, 4 * w), device=device)
+    """(B, 4 h, 4 w) uint8, as `train.py` has them; a tenth is ignored."""
+    labels = torch.randint(0, K, (B, 4 * h, 4 * w), device=device, dtype=torch.uint8)
     return labels.masked_fill(torch.rand(labels.shape, device=device) < 0.1, 255)
 
 

@@ -90,8 +90,8 @@ class Table:
         met = None
         if target and target.most is not None:
             met = value is not None and value <= target.most
-        elif target and times is not None:
-            met = times >= target.times
+        elif target and value is not None:  # it can do this: if ours cannot, ours misses
+            met = times is not None and times >= target.times
         text = str(target) if target else None
         self.rows.append(Row(what, how, value, unit, times, text, met, floor))
         print(self.rows[-1], flush=True)

@@ -7,10 +7,12 @@
 What a training step needs most is the features that its forward pass keeps for its backward pass.
 """
 
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,9 @@ def peak_bytes(device: torch.device) -> int | None:
     """The most memory that this process has had on `device`; None on a CPU under Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # on Linux ru_maxrss may be that of the process's parent
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024
     try:
         import resource
     except ImportError:

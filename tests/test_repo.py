@@ -14,7 +14,7 @@ import pytest
 import data
 import infer
 import train
-from experiments import ablation
+from experiments import ablation, bench
 from support import cli
 from tests.faults import FAULTS
 
@@ -215,7 +215,7 @@ def test_requirements_meet_the_projects_floors():
 MAKEFILE = (ROOT / "Makefile").read_text().replace("$(DEMO)", "runs/demo").replace("$$resume", "")
 COMMANDS = re.findall(
     r"^\s*(?:python|\$\(PY\)|torchrun [-\w: ]+?) "
-    r"((?:train|infer|data)\.py .*?|-m experiments\.ablation.*?)"
+    r"((?:train|infer|data)\.py .*?|-m experiments\.(?:ablation|bench).*?)"
     r"(?:\s{2,}#.*)?\s*$",
     "\n".join(page.read_text() for page in PAGES) + MAKEFILE,
     re.M,
@@ -226,7 +226,10 @@ COMMANDS = re.findall(
 def test_commands_of_the_pages_and_the_makefile_parse(command):
     program, *arguments = shlex.split(command.removeprefix("-m "))
     configs = {"train.py": train.Config, "infer.py": infer.Config, "data.py": data.Config}
-    cli.parse((configs | {"experiments.ablation": ablation.Config})[program], arguments)
+    configs |= {"experiments.ablation": ablation.Config, "experiments.bench": bench.Config}
+    options = cli.given(configs[program], arguments)
+    options.pop("peer", None)  # it asks for a package that is optional
+    configs[program](**options)
 
 
 def test_there_are_commands_of_every_program():

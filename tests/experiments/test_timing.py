@@ -83,6 +83,12 @@ def test_rows_stand_beside_their_targets(table):
     assert table.summary() == "behind: step b0, other\ntargets missed: step b0, peer"
 
 
+def test_ours_that_fails_is_a_missed_target(table, monkeypatch):
+    monkeypatch.setattr(timing, "medians", lambda *_: iter([("ours", None), ("peer", 2.0)]))
+    table.compare("step b0", {})
+    assert [row.met for row in table.rows] == [False, False]
+
+
 def test_targets_are_of_the_gpu_they_name(monkeypatch):
     assert Table(CPU, {}, TARGETS).targets == []
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
