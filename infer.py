@@ -152,7 +152,7 @@ def predict(
 
 def predict_classes(model, image: np.ndarray | Rows, **options) -> tuple[np.ndarray, np.ndarray]:
     """Class map (H, W) uint8 and the probability of each pixel's class, (H, W) float32; IGNORE and
-    0 where a file has no data."""
+    0 where a file has no data, so ignore the labels there too."""
     H, W = image.shape[:2]
     classes, confidence = np.empty((H, W), np.uint8), np.empty((H, W), np.float32)
     for top, pixels, p, valid in predict_parts(model, image, **options):

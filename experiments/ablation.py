@@ -42,6 +42,7 @@ from experiments.timing import release
 from infer import predict_classes
 from support import checkpoint, cli, machine, metrics, resume
 from support.gradients import DivergedError
+from support.layouts import find_split
 from support.progress import duration
 from support.raster import DataError
 from support.replay import replayed_on
@@ -73,10 +74,10 @@ class Config:
         cli.require(self.jobs >= 1, f"--jobs must be positive; got {self.jobs}")
 
     def shared(self) -> dict:
-        """What all cells of a table have in common."""
-        names = "data variant steps batch crop lr".split()
-        root = {"root": self.root.resolve().name} if self.root else {}
-        return {key: getattr(self, key) for key in names} | root
+        """What all cells of a table have in common. The kind of device decides the precision."""
+        found = {key: getattr(self, key) for key in "data variant steps batch crop lr".split()}
+        root = self.root and self.root.resolve().name
+        return found | {"root": root, "device": machine.pick_device(self.device).type}
 
 
 # --- One cell -------------------------------------------------------------------------------------
@@ -240,12 +241,12 @@ def run_seed(task: tuple) -> int:
             cell.use_mean()
             path = maps_of(config, name, seed)
             if name in names and not path.exists():
-                write_maps(cell.model.branches, splits, path, cell.config.saved())
+                write_maps(cell.model.branches, splits, path, made_with(config, cell.config))
 
     train_all(cells)
     if "ensemble" in names:
         both = Ensemble(cells["transformer"].model.transformer, cells["cnn"].model.cnn)
-        options = options_of(config, "ensemble", seed, ratio).saved()
+        options = made_with(config, options_of(config, "ensemble", seed, ratio))
         write_maps({"transformer": both}, splits, maps_of(config, "ensemble", seed), options)
     if frozen:
         if frozen.step == 0:
@@ -259,6 +260,11 @@ def run_seed(task: tuple) -> int:
 
 def maps_of(config: Config, name: str, seed: int) -> Path:
     return config.out / name / f"{seed}.npz"
+
+
+def made_with(config: Config, options: train.Config) -> dict:
+    """What a cell's maps depend on: its own options, and the table's data and device."""
+    return options.saved() | {key: config.shared()[key] for key in ("root", "device")}
 
 
 def write_maps(branches: dict[str, nn.Module], splits, path: Path, options: dict) -> None:
@@ -278,16 +284,21 @@ def write_maps(branches: dict[str, nn.Module], splits, path: Path, options: dict
 
 
 def load_splits(config: Config) -> tuple[Dataset, dict[str, Dataset]]:
-    """The training split, and those that are scored: val and, where it is there and has labels,
-    test."""
-    is_folder = config.data == "folder" and config.root
-    no_test = is_folder and not (config.root / "test").is_dir()
-    names = ["train", "val"] if no_test else ["train", "val", "test"]
+    """The training split, and those that are scored: val and, where there are labels, test."""
+    names = ["train", "val", "test"] if has_test(config) else ["train", "val"]
     cache = config.out / "cache"
-    found = {name: load(config.data, config.root, name, cache=cache) for name in names}
-    if "test" in found and any(scene.label is None for scene in found["test"].scenes):
-        del found["test"]
-    return found.pop("train"), found
+    train_set, *scored = [load(config.data, config.root, name, cache=cache) for name in names]
+    return train_set, dict(zip(names[1:], scored, strict=True))
+
+
+def has_test(config: Config) -> bool:
+    """Whether there is a test split with labels; toy scenes have one."""
+    if config.root is None:
+        return True
+    try:
+        return any(tile.label for tile in find_split(config.data, config.root, "test").tiles)
+    except DataError:
+        return False
 
 
 def score_cell(config: Config, name: str, seed: int, ratio: float, splits) -> list[dict]:
@@ -295,7 +306,7 @@ def score_cell(config: Config, name: str, seed: int, ratio: float, splits) -> li
     rows, path = [], maps_of(config, name, seed)
     with np.load(path) as maps:
         before = json.loads(str(maps["options"])) if "options" in maps else {}
-        options = options_of(config, name, seed, ratio).saved()
+        options = made_with(config, options_of(config, name, seed, ratio))
         cli.require_same(options, before, f"{path}: was made", "choose another --out, or go on")
         for branch in dict.fromkeys(key.partition("/")[0] for key in maps if "/" in key):
             found = {
@@ -358,7 +369,8 @@ def prepare(config: Config, dataset: Dataset) -> dict:
     if path.exists():
         before = json.loads(path.read_text())
         go_on = "choose another --results and --out, or go on"
-        cli.require_same(config.shared(), before, f"{config.results}: was made", go_on)
+        known = {k: v for k, v in config.shared().items() if k in before}  # once there were fewer
+        cli.require_same(known, before, f"{config.results}: was made", go_on)
         return before
     config.results.mkdir(parents=True, exist_ok=True)
     times = step_times(config, dataset)
@@ -418,7 +430,7 @@ def main(arguments: list[str]) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     report(config, rows, options)
-    maps = {name: maps_of(config, name, seed=0) for name in SETTINGS}
+    maps = {name: maps_of(config, name, seed=0) for name in SETTINGS if name in config.settings}
     if sheet := table.draw_crops(maps, *[*splits.items()][-1]):
         sheet.save(config.out / "crops.png")
     print((config.results / "table.md").read_text())

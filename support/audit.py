@@ -3,10 +3,11 @@
     python data.py audit potsdam --root /data/potsdam
 
 Every file is decoded to its last row, a few rows at a time, because a truncated TIFF opens like a
-complete one. Loading refuses a missing label, 16 bits, a label of another size, an overlay instead
-of a label, a value of no class, and one's own class without a pixel in train. The audit reports
-these too, and also faults with which training would run: missing files of the set, a tile whose
-pixels are all ignored, a label instead of an image, red and blue swapped.
+complete one. Loading refuses a missing label (a test split may have none at all), 16 bits, a label
+of another size, an overlay instead of a label, a value of no class, and one's own class without a
+pixel in train. The audit reports these too, and also faults with which training would run: missing
+files of the set, a tile whose pixels are all ignored, a label instead of an image, red and blue
+swapped.
 
 A label has saturated colours: one band near 255, another near 0. They cover 52 to 72 % of labels
 of Potsdam and of toy scenes, and less than 0.005 % of each of 343 real images (Potsdam, LoveDA,
@@ -334,7 +335,7 @@ def table(audit: Audit) -> list[str]:
     shares = [name[:7] for name in audit.classes] + ["ignored", "unknown"]
     lines = [(columns, [f"{share:>7}" for share in shares])]
     for row in audit.rows:
-        eroded = {None: "-", row.tile.label: "only"}.get(row.tile.eroded, "yes")
+        eroded = {row.tile.label: "only", None: "-"}.get(row.tile.eroded, "yes")
         texts = (row.split, row.tile.name, row.image, row.label, eroded)
         lines.append((texts, percent(row.pixels) + ["  WRONG"] * bool(row.faults)))
     for split in dict.fromkeys(row.split for row in audit.rows):

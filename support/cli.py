@@ -10,8 +10,8 @@ from the fields, and the same object is saved in `config.json` and in the checkp
     def main(arguments): config = parse(Config, arguments)
     if __name__ == "__main__": run(main, DataError)
 
-Exit codes: 0 done; 1 the answer is no, in words (data unfit to train on, training that diverged);
-2 bad input, one sentence on stderr; 130 / 143 interrupted. Anything else that goes wrong is our own
+Exit codes: 0 done; 1 the answer is no, in words (an audit with faults, a training that diverged); 2
+bad input, one sentence on stderr; 130 / 143 interrupted. Anything else that goes wrong is our own
 bug and shows its traceback. `StopSignal` lets a long program save first.
 """
 

@@ -293,7 +293,7 @@ def find_folder(root: Path, split: str, tiles: tuple[str, ...]) -> SplitFiles:
         if name in several:
             faults.append(f"{path}: {several[name]} could be its mask; remove one")
         elif name not in pairs:
-            if split != "test":  # which may have none, as LoveDA's
+            if split != "test" or pairs:  # a test split may have none, as LoveDA's
                 faults.append(f"{path}: has no mask (looked for it in {masks_folder})")
         elif len(claimed[pairs[name]]) > 1:
             both = " and ".join(claimed[pairs[name]])

@@ -121,6 +121,7 @@ def test_it_validates_no_more_often_than_asked(small, monkeypatch, asked, found)
     monkeypatch.setattr(run_, "save", lambda: None)
     monkeypatch.setattr(run_, "validate", lambda: steps.append(run_.step))
     monkeypatch.setattr(train.diagnostics, "line", lambda *_: "")
+    monkeypatch.setattr(train.diagnostics, "live_line", lambda *_: "")
     run_.fit()
     assert len(steps) == found and steps[-1] == 60
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -331,7 +332,7 @@ def test_all_scenes_together_are_counted_together():
     assert ious == {"a": round(100 * 2 / 6, 3), "b": round(100 * 2 / 6, 3)}
 
 
-def test_other_options_need_another_table(small, measured):
+def test_other_options_need_another_table(small, measured, monkeypatch):
     config = small()
     options = ablation.prepare(config, None)
     assert json.loads((config.results / "options.json").read_text()) == options
@@ -340,6 +341,10 @@ def test_other_options_need_another_table(small, measured):
         ablation.prepare(small(steps=3), None)
     with pytest.raises(cli.UsageError, match="was made with --root data, not other"):
         ablation.prepare(small(root=config.root.parent / "other"), None)
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation.machine, "pick_device", lambda name: torch.device("cuda"))
+        with pytest.raises(cli.UsageError, match="was made with --device cpu, not cuda"):
+            ablation.prepare(config, None)
     cell = ablation.Cell(
         "full", ablation.options_of(config, "full", 0, 1.0), ablation.load_splits(config)[0]
     )
@@ -369,16 +374,15 @@ def test_maps_of_another_table_are_not_scored(small, program, measured, monkeypa
 
 def test_a_test_split_without_labels_is_not_scored(small, monkeypatch):
     """As LoveDA's, and Potsdam's where its labels are not there."""
-    splits = {name: small_set(name) for name in ("train", "val", "test")}
-    monkeypatch.setattr(ablation, "load", lambda data, root, name, cache: splits[name])
-    train_set, scored = ablation.load_splits(small(data="loveda"))
-    assert train_set is splits["train"] and [*scored] == ["val", "test"]
-    splits["test"] = small_set("test", label=None)
-    assert [*ablation.load_splits(small(data="loveda"))[1]] == ["val"]
-
-
-def small_set(name, label=True):
-    return SimpleNamespace(scenes=[Scene("a", None, True), Scene(name, None, label)])
+    monkeypatch.setattr(ablation, "load", lambda data, root, name, cache: name)
+    config = small()
+    shutil.copytree(config.root / "val", config.root / "test")
+    assert ablation.load_splits(config) == ("train", {"val": "val", "test": "test"})
+    shutil.rmtree(config.root / "test/masks")
+    assert ablation.load_splits(config) == ("train", {"val": "val"})
+    shutil.rmtree(config.root / "test")
+    assert ablation.load_splits(config) == ("train", {"val": "val"})
+    assert ablation.load_splits(ablation.Config()) == ("train", {"val": "val", "test": "test"})
 
 
 def test_steps_are_timed_with_the_threads_that_they_will_have(small, program, monkeypatch):

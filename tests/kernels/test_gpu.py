@@ -86,7 +86,10 @@ def test_multiscale_convolution(B, C, H, W, dtype, no_worse):
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
-@pytest.mark.parametrize("K, h, w", [(2, 128, 128), (7, 128, 128), (16, 64, 128), (6, 37, 203)])
+@pytest.mark.parametrize(
+    "K, h, w",
+    [(2, 128, 128), (7, 128, 128), (16, 64, 128), (6, 37, 203), (20, 32, 64)],  # 20: no kernel
+)
 def test_loss(K, h, w, dtype, no_worse):
     ours, reference = losses(labels_for(4, h, w, K, CUDA))
     assert_no_worse(ours, reference, logits(4, K, h, w, dtype, CUDA), no_worse)

@@ -279,8 +279,10 @@ def test_folder_pairs(tmp_path):
     assert found.tiles[1].label == tmp_path / "train/masks/y.png"
     assert len(found.faults) == 1 and "x.tif: has no mask" in found.faults[0]
     assert len(found.gaps) == 1 and "1 masks have no image here (z)" in found.gaps[0]
+    touch(tmp_path / "test", *names[:2])
+    assert not find_split("folder", tmp_path, "test").faults  # no mask at all, as of LoveDA
     touch(tmp_path / "test", *names)
-    assert not find_split("folder", tmp_path, "test").faults  # as of LoveDA
+    assert "x.tif: has no mask" in find_split("folder", tmp_path, "test").faults[0]
     touch(tmp_path / "train", "images/y.png")
     assert any("have one name" in fault for fault in find_split("folder", tmp_path, "train").faults)
 
