@@ -414,7 +414,7 @@ def run_cells(config: Config, rows: list[dict], options: dict, splits) -> list[d
 
 def main(arguments: list[str]) -> None:
     config = cli.parse(Config, arguments, __doc__.partition("\n")[0])
-    torch.set_num_threads(max(1, torch.get_num_threads() // config.jobs))  # timed and run with
+    torch.set_num_threads(max(1, torch.get_num_threads() // config.jobs))  # of each seed
     train_set, splits = load_splits(config)
     if len(splits) == 1:
         print("val alone is scored: there is no test split with labels")

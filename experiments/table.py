@@ -164,7 +164,8 @@ def class_table(rows: list[dict], name: str) -> list[str]:
     for k in classes:
         found = [differences(rows, name, o, s, k) for s in ("iou", "boundary_f1") for o in others]
         lines.append(f"| {k} | {' | '.join(shown(values) if values else '' for values in found)} |")
-    return lines if classes else []
+    is_there = any(row["setting"] == name for row in rows)
+    return lines if classes and is_there else []
 
 
 # --- As a picture ---------------------------------------------------------------------------------

@@ -64,6 +64,11 @@ def test_only_the_reported_split_and_the_deployed_branch_are_compared():
     assert reported([without_test]) == [without_test]
 
 
+def test_of_a_setting_that_was_not_run_no_classes_are_shown():
+    found = rows(("cnn", 0, 1), score="iou", of_class="car")
+    assert class_table(found, "cnn") and not class_table(found, "full")
+
+
 def test_each_class_is_compared():
     found = rows(("full", 0, 30), ("transformer", 0, 10), score="iou", of_class="car")
     found += rows(("full", 0, 5), ("equal-time", 0, 6), score="boundary_f1", of_class="car")
