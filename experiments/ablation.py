@@ -372,7 +372,7 @@ def prepare(config: Config, dataset: Dataset) -> dict:
         known = {k: v for k, v in config.shared().items() if k in before}  # once there were fewer
         cli.require_same(known, before, f"{config.results}: was made", go_on)
         return before
-    config.results.mkdir(parents=True, exist_ok=True)
+    cli.make_folder(config.results)
     times = step_times(config, dataset)
     options = config.shared() | {"time_ratio": round(times["full"] / times["transformer"], 3)}
     options |= {"step_ms": times, "machine": machine.describe(machine.pick_device(config.device))}

@@ -87,8 +87,8 @@ def collaborative_loss(
     if fused or (at_a_quarter and cnn_logits.device.type == "cpu"):
         terms, mean_gate, _ = fused_loss(cnn_logits, transformer_logits, labels, *options)
         return CollaborativeLoss(*terms.unbind(), mean_gate.detach())
-    logits = (z.to(accumulation_dtype(z)) for z in (cnn_logits, transformer_logits))
-    logits = (upsample(z, labels.shape[1:]) for z in logits)  # not by atomics on a GPU
+    logits = (cnn_logits, transformer_logits)
+    logits = (at_label_size(z, labels, upsample) for z in logits)  # not by atomics on a GPU
     return collaborative_loss_reference(*logits, labels, *options)
 
 
@@ -154,11 +154,10 @@ def negative_log_likelihood(log_p: Tensor, target: Tensor) -> Tensor:
     return -log_p.gather(1, target[:, None]).squeeze(1)
 
 
-def at_label_size(logits: Tensor, labels: Tensor) -> Tensor:
+def at_label_size(logits: Tensor, labels: Tensor, upsampled=upsample_reference) -> Tensor:
     """Logits in at least float32, bilinearly at the labels' size."""
-    if logits.shape[-2:] == labels.shape[-2:]:
-        return logits.to(accumulation_dtype(logits))
-    return upsample_reference(logits.to(accumulation_dtype(logits)), labels.shape[-2:])
+    logits, size = logits.to(accumulation_dtype(logits)), labels.shape[-2:]
+    return logits if logits.shape[-2:] == size else upsampled(logits, size)
 
 
 @torch.no_grad()

@@ -250,14 +250,14 @@ def find_loveda(root: Path, split: str, tiles: tuple[str, ...]) -> SplitFiles:
             f"{split.capitalize()}{archives_hint(root)}"
         )
     faults, gaps, result = [], [], []
-    shown = {path: f"{path.absolute().parents[1].name}_{path.stem}" for path in paths}
-    for path in select_tiles(paths, tiles, root, shown):
+    areas = {path: path.absolute().parents[1].name for path in paths}  # Urban or Rural
+    names = {path: f"{area}_{path.stem}" for path, area in areas.items()}
+    for path in select_tiles(names, tiles, root):
         domain = path.parent.parent
         mask = folders[domain, "masks_png"].get(stem(path))
         if split != "test" and not mask:
             faults.append(f"{path}: has no mask (looked for it in {domain / 'masks_png'})")
-        name = path.absolute().parents[1].name
-        result.append(Tile(shown[path], path, mask, None, name.lower()))
+        result.append(Tile(names[path], path, mask, None, areas[path].lower()))
     if not tiles and len(paths) != LOVEDA_IMAGES[split]:
         count = f"{len(paths)} of the {LOVEDA_IMAGES[split]} {split} images are there"
         gaps.append(count + archives_hint(root))
@@ -288,7 +288,7 @@ def find_folder(root: Path, split: str, tiles: tuple[str, ...]) -> SplitFiles:
     claimed = defaultdict(list)  # mask -> images
     for image, mask in pairs.items():
         claimed[mask].append(image)
-    for path in select_tiles([*images.values()], tiles, folder):
+    for path in select_tiles({path: path.stem for path in images.values()}, tiles, folder):
         name = stem(path)
         if name in several:
             faults.append(f"{path}: {several[name]} could be its mask; remove one")
@@ -312,12 +312,11 @@ def masks_without_image(folder: Path, masks: set[str], ending: str = "") -> list
     return []
 
 
-def select_tiles(paths: list[Path], tiles: tuple[str, ...], where: Path, shown=None) -> list[Path]:
-    """The paths whose stem, or name in `shown`, is in `tiles`; all when there are no tiles."""
-    names = {path: {path.stem, (shown or {}).get(path, path.stem)} for path in paths}
-    if unknown := set(tiles).difference(*names.values()):
+def select_tiles(names: dict[Path, str], tiles: tuple[str, ...], where: Path) -> list[Path]:
+    """The paths whose name, or stem, is in `tiles`; all when there are no tiles."""
+    if unknown := {*tiles} - {*names.values()} - {path.stem for path in names}:
         raise DataError(f"{where}: no image named {', '.join(sorted(unknown))}")
-    return [path for path in paths if not tiles or names[path] & {*tiles}]
+    return [p for p, name in names.items() if not tiles or {name, p.stem} & {*tiles}]
 
 
 def read_classes(path: Path) -> tuple[Classes, LabelEncoding]:

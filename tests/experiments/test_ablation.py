@@ -438,13 +438,15 @@ def test_a_cnn_alone_has_its_column_of_crops(small):
     assert draw_crops(paths, "val", val).width > alone.width
 
 
-def test_bad_options_get_one_sentence(program):
+def test_bad_options_get_one_sentence(program, tmp_path):
     code, error = program(ablation.main, ERRORS, "--settings", "fulll")
     assert code == 2 and "there is no fulll; the settings are transformer" in error
     code, error = program(ablation.main, ERRORS, "--seeds", 99)
     assert code == 2 and "--seeds must be 1 to 20; got 99" in error
     code, error = program(ablation.main, ERRORS, "--data", "folder")
     assert code == 2 and "--root" in error
+    code, error = program(ablation.main, ERRORS, "--out", tmp_path, "--results", "README.md/x")
+    assert code == 2 and "README.md/x: must be a folder, but there is a file" in error
     code, error = program(ablation.main, ERRORS, "--jobs", 0)
     assert code == 2 and "--jobs must be positive; got 0" in error
 

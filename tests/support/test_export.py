@@ -60,6 +60,10 @@ def test_a_pt2_runs_where_there_is_only_torch(tmp_path):
 def test_logits_are_of_the_images_size():
     model, images = trained(), 255 * torch.rand(2, 3, 64, 96)
     full = AtFullSize(model)(images)
+    assert full.shape == (2, 2, 64, 96)
+    torch.testing.assert_close(
+        full[:, :, 1::4, 1::4].mean(), model(images).mean(), atol=0.05, rtol=0
+    )
     assert torch.equal(full, upsample_reference(model(images), (64, 96)))
 
 
